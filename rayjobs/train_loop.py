@@ -8,7 +8,6 @@ order, so that 1 process, N processes and gradient accumulation compute the same
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
@@ -347,7 +346,7 @@ class _Meter:
             packed = torch.cat([values, torch.ones(1, device=self._device)])
             total = all_reduce_sum_with_grad(packed)
         means = (total[:-1] / (total[-1] * self.count)).tolist()
-        return {name: value for name, value in zip(names, means, strict=True) if math.isfinite(value)}
+        return dict(zip(names, means, strict=True))
 
     def curve(self) -> list[list[float]]:
         """[[step, loss, learning rate], ...] of this worker."""

@@ -1,0 +1,40 @@
+"""Which method transfers best, and with which hyperparameters: the default space, over every method.
+
+Command: ``python rayjobs/sweep.py`` (rendered data, CPU, minutes). The papers' own settings are tried first, one trial
+per method; Optuna's TPE goes on from there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from methods import METHODS
+from search_spaces.parameters import preset_parameters, suggest_parameters
+from search_spaces.space import SearchSpace, SpaceContext
+
+__all__ = ["SPACE", "presets", "sample"]
+
+
+def sample(trial: Any, context: SpaceContext) -> dict[str, Any]:
+    """The method first, then the hyperparameters that it has."""
+    if len(context.methods) == 1:
+        suggest_parameters(trial, context.methods[0], context)
+        return {"method": context.methods[0]}
+    method = trial.suggest_categorical("method", list(context.methods))
+    suggest_parameters(trial, method, context)
+    return {}
+
+
+def presets(context: SpaceContext) -> list[dict[str, Any]]:
+    """Each method's published setting."""
+    is_choice = len(context.methods) > 1
+    return [{**({"method": m} if is_choice else {}), **preset_parameters(m, context)} for m in context.methods]
+
+
+SPACE = SearchSpace(
+    name="transfer",
+    methods=tuple(METHODS),
+    sample=sample,
+    presets=presets,
+    summary="every method, with temperature, queue size, warm-up, projector depth and learning rate where it has them",
+)
