@@ -257,15 +257,11 @@ def _run_epoch(training: _Training, stream: Stream, epoch: int, reporter: Report
     }
 
 
-def _step(
-    training: _Training, batch: ImageBatch, step: int, epoch: int
-) -> tuple[Tensor, dict[str, Tensor], float]:
+def _step(training: _Training, batch: ImageBatch, step: int, epoch: int) -> tuple[Tensor, dict[str, Tensor], float]:
     """One optimiser step: forward and backward over the micro-steps, then the optimiser, then the method's own."""
     config, worker = training.config, training.worker
     count = config.train.accumulate
-    lr = learning_rate(
-        config.optimizer, config.train.batch_size, step, training.total_steps, training.steps_per_epoch
-    )
+    lr = learning_rate(config.optimizer, config.train.batch_size, step, training.total_steps, training.steps_per_epoch)
     set_learning_rate(training.optimizer, lr)
     views, labels, index = to_device(batch, worker.device)
     micro = labels.shape[0] // count
