@@ -1,8 +1,8 @@
 """OptunaSearch that understands pruned trials and trials whose objective comes only with the last report.
 
 Ray 2.60's own class needs the objective in every report, records trials stopped by a scheduler as complete, and leaves
-a trial that ended without a finite value RUNNING for ever (shared experience: Ray issues on OptunaSearch and ASHA). Here
-intermediate reports feed the cheap metric to Optuna, and a trial ends as COMPLETE, PRUNED or FAIL.
+a trial that ended without a finite value RUNNING for ever. Here intermediate reports feed the cheap metric to Optuna,
+and a trial ends as COMPLETE, PRUNED or FAIL (crashed or diverged).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PruneAwareOptunaSearch(OptunaSearch):
             return
         value = (result or {}).get(self.metric)
         trial = self._ot_trials[trial_id]
-        if error:
+        if error or (result or {}).get("diverged"):
             self._ot_study.tell(trial, state=TrialState.FAIL)
         elif value is not None and math.isfinite(value):
             self._ot_study.tell(trial, float(value))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections import deque
@@ -63,6 +64,10 @@ class RunHandle:
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Log a local file or folder; it must stay in place until ``Tracker.flush``."""
         self._tracker.submit("artifact", self.run_id, str(path), folder)
+
+    def remove(self, folder: str | Path) -> None:
+        """Delete a local staging folder after the writes queued before have been done."""
+        self._tracker.submit("remove", self.run_id, str(folder))
 
     def text(self, text: str, name: str) -> None:
         """Log a small text file."""
@@ -272,6 +277,8 @@ class Tracker:
             path, folder = arguments
             log = client.log_artifacts if Path(path).is_dir() else client.log_artifact
             log(run_id, path, folder)
+        elif kind == "remove":
+            shutil.rmtree(arguments[0])
         elif kind == "text":
             client.log_text(run_id, *arguments)
         elif kind == "end":

@@ -23,7 +23,7 @@ from image_data.contracts import ImageBatch
 from image_data.stream import to_device
 from methods import METHODS
 from methods.backbones import build_backbone
-from methods.collectives import all_reduce_sum_with_grad
+from methods.collectives import all_reduce_mean
 from methods.contracts import Batch, MethodContext, Progress
 from methods.optimizers import build_optimizer, learning_rate, set_learning_rate
 from rayjobs.checkpoint import load_config, load_state, save_checkpoint
@@ -279,7 +279,8 @@ def _step(training: _Training, batch: ImageBatch, step: int, epoch: int) -> tupl
             sums[name] = sums.get(name, 0) + value.detach() / count
     training.optimizer.step()
     training.method.after_step(progress)
-    return total, sums, lr
+    # The mean over workers, so that all of them see a bad loss in the same step.
+    return all_reduce_mean(total), sums, lr
 
 
 def _maybe_no_sync(wrapped: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
@@ -338,10 +339,7 @@ class _Meter:
         """Means over the epoch and over all workers."""
         names = sorted(self._sums)
         values = torch.stack([torch.as_tensor(self._sums[n], device=self._device).float() for n in names])
-        with torch.no_grad():
-            packed = torch.cat([values, torch.ones(1, device=self._device)])
-            total = all_reduce_sum_with_grad(packed)
-        means = (total[:-1] / (total[-1] * self.count)).tolist()
+        means = (all_reduce_mean(values) / self.count).tolist()
         return dict(zip(names, means, strict=True))
 
     def curve(self) -> list[list[float]]:

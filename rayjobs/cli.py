@@ -1,0 +1,104 @@
+"""What the commands share: flags from dataclasses, one-paragraph errors, exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+import textwrap
+import typing
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, TypeVar
+
+__all__ = [
+    "EXIT_INTERRUPTED",
+    "EXIT_USAGE",
+    "differences",
+    "flat",
+    "flat_parse",
+    "option_value",
+    "quiet_libraries",
+    "user_errors",
+]
+
+T = TypeVar("T")
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+def flat(kind: Any) -> Any:
+    """A nested dataclass whose flags carry no prefix (its own nested dataclasses keep theirs)."""
+    import tyro
+
+    return Annotated[kind, tyro.conf.arg(name="")]
+
+
+def flat_parse(kind: type[T], default: T | None, argv: Sequence[str] | None, description: str) -> T:
+    """Flags from a dataclass whose direct dataclass fields become groups without a prefix.
+
+    A wrong flag ends the program with exit code 2 and says what is allowed.
+    """
+    import tyro
+
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields: list[Any] = []
+    for f in dataclasses.fields(kind):  # type: ignore[arg-type]
+        hint = flat(hints[f.name]) if dataclasses.is_dataclass(hints[f.name]) else hints[f.name]
+        value = getattr(default, f.name) if default is not None else _default_of(f)
+        fields.append((f.name, hint, dataclasses.field(default_factory=lambda v=value: v)))
+    shown = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
+    shown.__doc__ = kind.__doc__
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parsed: Any = tyro.cli(shown, args=arguments, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    return kind(**{name: getattr(parsed, name) for name, *_ in fields})
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    assert field.default_factory is not dataclasses.MISSING
+    return field.default_factory()
+
+
+def option_value(argv: Sequence[str], name: str, default: str) -> str:
+    """The value of one option before the real parse (the method decides which options exist)."""
+    for i, word in enumerate(argv):
+        if word == f"--{name}" and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"--{name}="):
+            return word.split("=", 1)[1]
+    return default
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print a ValueError as one paragraph and exit with code 2; for the part of a command before long work starts."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        width = min(120, max(60, os.get_terminal_size(2).columns if sys.stderr.isatty() else 100))
+        print(textwrap.fill(f"error: {error}", width, break_long_words=False), file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+
+
+def quiet_libraries() -> None:
+    """Keep the warnings of libraries out of the user's terminal; errors stay."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("ray", "optuna", "mlflow", "alembic", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def differences(mine: Any, stored: Any, default: Any) -> list[str]:
+    """Fields that the user changed against a stored configuration; a default value counts as not given."""
+    found = []
+    for field in dataclasses.fields(mine):
+        a, b, d = (getattr(x, field.name) for x in (mine, stored, default))
+        if dataclasses.is_dataclass(a):
+            found += [f"{field.name}.{name}" for name in differences(a, b, d)]
+        elif a not in (b, d):
+            found.append(field.name)
+    return found

@@ -1,0 +1,198 @@
+"""Pretrain one method with Ray Train: any number of workers, CPU or GPU.
+
+python rayjobs/pretrain.py --method exemplar_v2 --data folder:PATH --epochs 200 --output runs/exemplar
+python rayjobs/pretrain.py --method simsiam --help       shows that method's own options
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: the project folder takes the place of this one on the path
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from rich.console import Console
+
+from image_data.prepare import DataConfig, PreparedData, prepare
+from methods import METHODS, method_spec
+from methods.optimizers import OptimizerConfig
+from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, option_value, quiet_libraries, user_errors
+from rayjobs.configs import PretrainConfig, TrainConfig
+from rayjobs.job import Job, uses_memory, view_recipes
+from rayjobs.record import run_record
+from rayjobs.sweep_config import checked_batch
+from rayjobs.train_loop import TrainingDiverged, method_context
+
+DEFAULT_METHOD = "moco_v2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where the run goes.
+
+    Attributes:
+        method: pretraining method.
+        output: folder (or URI that all nodes reach) of the checkpoint; must be new, or hold a run to resume.
+        resume: continue the run in --output from its newest checkpoint.
+        experiment: MLflow experiment.
+    """
+
+    method: str = DEFAULT_METHOD
+    output: str = "results/pretrain"
+    resume: bool = False
+    experiment: str = "pretrain"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, check, train, copy the checkpoint, log."""
+    quiet_libraries()
+    console = Console(highlight=False)
+    arguments = sys.argv[1:] if argv is None else argv
+    with user_errors():
+        options, config = _parse(arguments)
+        data = prepare(config.data, log=console.print)
+        _check(config, data)
+        target = _target(options)
+        has_run = _check_target(options, target, config)
+
+    from rayjobs.cluster import check_resources, connect, shutdown
+
+    settings = config.train
+    with user_errors():
+        cluster = connect(None if settings.use_gpu else _local_cpus(config, data))
+        check_resources(
+            cluster,
+            settings.num_workers,
+            settings.cpus_per_worker,
+            float(settings.use_gpu),
+            uses_ray_data=not uses_memory(settings, data),
+        )
+    if options.resume and not has_run:
+        console.print(f"Nothing to resume in {target}: starting from epoch 0.")
+    try:
+        _run(options, config, data, target, console)
+    except KeyboardInterrupt:
+        console.print(f"\nInterrupted. Continue with the same command and --resume (run folder {target}).")
+        sys.exit(EXIT_INTERRUPTED)
+    except TrainingDiverged as error:
+        console.print(f"[red]{error}[/red]")
+        sys.exit(1)
+    finally:
+        shutdown()
+
+
+def _parse(arguments: list[str]) -> tuple[Options, PretrainConfig]:
+    """The method decides which options exist."""
+    name = option_value(arguments, "method", DEFAULT_METHOD)
+    spec = method_spec(name)
+    fields: list[Any] = [
+        ("options", Options, dataclasses.field(default=Options(method=name))),
+        ("train", TrainConfig, dataclasses.field(default=TrainConfig())),
+        ("method_config", type(spec.config), dataclasses.field(default=spec.config)),
+        ("optimizer", OptimizerConfig, dataclasses.field(default=spec.optimizer)),
+        ("data", DataConfig, dataclasses.field(default=DataConfig())),
+    ]
+    kind = dataclasses.make_dataclass("Pretrain", fields, frozen=True)
+    epilogue = f"\nMethods: {', '.join(METHODS)}\n{name}: {spec.summary}"
+    parsed: Any = flat_parse(kind, None, arguments, (__doc__ or "") + epilogue)
+    config = PretrainConfig(name, parsed.method_config, parsed.optimizer, parsed.train, parsed.data)
+    return parsed.options, config
+
+
+def _check(config: PretrainConfig, data: PreparedData) -> None:
+    checked_batch(config.train, data)
+    view_recipes(config)
+    info = data.split("train")
+    if config.train.epochs:
+        context = method_context(config, len(info.class_names), info.num_images)
+        METHODS[config.method].method.validate(config.method_config, context)
+
+
+def _target(options: Options) -> str:
+    output = options.output
+    return output.rstrip("/") if "://" in output else str(Path(output).expanduser().resolve())
+
+
+def _check_target(options: Options, target: str, config: PretrainConfig) -> bool:
+    """Whether the folder holds an unfinished run; refuses to overwrite or to mix runs."""
+    from pyarrow.fs import FileSystem, FileType, LocalFileSystem
+
+    filesystem, path = FileSystem.from_uri(target) if "://" in target else (LocalFileSystem(), target)
+    has_run = filesystem.get_file_info(f"{path}/train").type != FileType.NotFound
+    has_result = filesystem.get_file_info(f"{path}/config.json").type != FileType.NotFound
+    if (has_run or has_result) and not options.resume:
+        state = "a finished" if has_result else "an unfinished"
+        raise ValueError(
+            f"--output {options.output} already holds {state} run. Continue it with --resume, or choose another folder."
+        )
+    return has_run
+
+
+def _local_cpus(config: PretrainConfig, data: PreparedData) -> int | None:
+    """Logical CPUs of a private cluster: as many as the workers ask for, and one for Ray Data where it is used."""
+    import math
+    import os
+
+    wanted = config.train.num_workers * config.train.cpus_per_worker + (not uses_memory(config.train, data))
+    return max(os.cpu_count() or 1, math.ceil(wanted))
+
+
+def _run(options: Options, config: PretrainConfig, data: PreparedData, target: str, console: Console) -> None:
+    from rayjobs.checkpoint import local_directory, upload_directory
+    from rayjobs.configs import config_hash, to_dict
+    from rayjobs.ray_train import ProgressPoller, build_trainer, fit
+    from rayjobs.tracking import Tracker, default_tracking_uri, tracking_summary
+    from rayjobs.trial_log import flat_parameters, log_epoch
+
+    record = run_record(config, data)
+    job = Job(config, record, data, probe_tasks={})
+    journal = Path(target if "://" not in target else "results") / "mlflow-pending.jsonl"
+    tracker = Tracker(options.experiment, journal, log=console.print)
+    tags = {"key": target, "kind": "pretrain", "method": config.method, "config_hash": config_hash(config)}
+    run = tracker.run(Path(target).name, tags)
+    run.params(flat_parameters(config))
+    run.json({"config": to_dict(config), "record": record}, "config.json")
+    status = "FAILED"
+
+    def show(item: dict[str, Any]) -> None:
+        if item["kind"] == "report" and item["epoch"]:
+            log_epoch(run, {k: v for k, v in item.items() if k != "kind"})
+        _print_progress(item, config, console)
+
+    try:
+        with ProgressPoller(show) as poller:
+            result = fit(build_trainer(job, target, "train", board=poller.board))
+        assert result.checkpoint is not None
+        with local_directory(result.checkpoint.path) as directory:
+            upload_directory_into(directory, target, upload_directory)
+            run.artifact(directory / "config.json", "checkpoint")
+            run.artifact(directory / "backbone.safetensors", "checkpoint")
+            tracker.flush()
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        run.end(status)
+        tracker.close(60)
+    console.print(f"\nCheckpoint {target}")
+    console.print(f"MLflow     {tracking_summary(default_tracking_uri())}   experiment {options.experiment}")
+    console.print(f"Evaluate   python rayjobs/evaluate.py --checkpoint {options.output}", soft_wrap=True)
+
+
+def _print_progress(item: dict[str, Any], config: PretrainConfig, console: Console) -> None:
+    if not item["epoch"]:
+        return
+    head = f"epoch {item['epoch']:>6.2f}/{config.train.epochs}  step {item['step']:>6}  loss {item['loss']:.4f}"
+    rate = f"{item['images_per_second']:.0f} images/s  data wait {item['data_wait_percent']:.0f} %"
+    left = config.train.epochs - item["epoch"]
+    seconds = left * item.get("epoch_seconds", 0)
+    eta = f"  ETA {int(seconds // 60)}:{int(seconds % 60):02d}" if item["kind"] == "report" else ""
+    console.print(f"{head}  {rate}{eta}")
+
+
+if __name__ == "__main__":
+    main()

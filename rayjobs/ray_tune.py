@@ -1,0 +1,282 @@
+"""All code that talks to Ray Tune: the trial, the search algorithm, pruning, resuming, the driver's callback."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+from evaluation import Phase
+from rayjobs.capacity import head_resource
+from rayjobs.configs import PretrainConfig, with_parameters
+from rayjobs.job import Job, run_job, worker_device
+from rayjobs.optuna_search import PruneAwareOptunaSearch
+from rayjobs.train_loop import TrainingDiverged, Worker
+from rayjobs.transfer import TaskConfigs, TransferResult, evaluate_checkpoint
+from search_spaces import SearchSpace, SpaceContext
+
+__all__ = [
+    "SweepPlan",
+    "TrialEvents",
+    "build_points_tuner",
+    "build_tuner",
+    "milestones",
+    "restore_tuner",
+    "trial_config",
+    "trial_name",
+]
+
+REDUCTION_FACTOR = 2  # ASHA keeps the better half at each milestone
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """Everything a trial needs besides its sampled parameters; picklable, the same for all trials.
+
+    Attributes:
+        base: method -> configuration with the sweep's fixed settings.
+        jobs: method -> job with record, data and probe.
+        tasks: downstream tasks of the final evaluation of a trial.
+        objective: the metric that Optuna optimises.
+        direction: maximize or minimize.
+        storage: absolute path or URI of the sweep's folder.
+        name: name of the sweep.
+        num_trials: trials to run.
+        max_concurrent: trials at once.
+        seed: seed of the sampler.
+        prune: whether ASHA stops trials early.
+        phases: "val" while searching; "test" only for the report.
+        folder: subfolder of Tune's own files.
+    """
+
+    base: Mapping[str, PretrainConfig]
+    jobs: Mapping[str, Job]
+    tasks: TaskConfigs
+    objective: str
+    direction: str
+    storage: str
+    name: str
+    num_trials: int
+    max_concurrent: int
+    seed: int
+    prune: bool = True
+    phases: tuple[Phase, ...] = ("val",)
+    folder: str = "tune"
+
+
+def milestones(epochs: int) -> tuple[int, ...]:
+    """Epochs at which trials are compared: a quarter, a half of the run (ASHA rungs with factor 2)."""
+    first = max(1, epochs // 4)
+    found = []
+    while first < epochs:
+        found.append(first)
+        first *= REDUCTION_FACTOR
+    return tuple(found)
+
+
+def trial_config(plan: SweepPlan, sampled: Mapping[str, Any]) -> PretrainConfig:
+    """The complete configuration of one sampled trial."""
+    parameters = dict(sampled)
+    method = parameters.pop("method", None) or next(iter(plan.base))
+    return with_parameters(plan.base[method], parameters)
+
+
+def trial_name(sampled: Mapping[str, Any], trial_id: str) -> str:
+    """Readable name of a trial's run."""
+    return f"{sampled.get('method', 'trial')}-{trial_id.split('_')[-1]}"
+
+
+class TuneReporter:
+    """The loop's Reporter inside a Tune trial (one worker per trial)."""
+
+    def report(self, metrics: dict[str, Any], save: Callable[[Path], None] | None) -> None:
+        """Report one epoch, with its checkpoint where there is one."""
+        if save is None:
+            tune.report(metrics)
+            return
+        with tempfile.TemporaryDirectory(prefix="checkpoint-") as directory:
+            save(Path(directory))
+            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(directory))
+
+    @contextmanager
+    def latest(self) -> Iterator[Path | None]:
+        """The trial's newest checkpoint after a crash or a resumed sweep."""
+        checkpoint = tune.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as directory:
+            yield Path(directory)
+
+    def progress(self, metrics: dict[str, Any]) -> None:
+        """Within an epoch a trial is silent: the driver shows epochs."""
+
+
+def run_trial(sampled: dict[str, Any], plan: SweepPlan) -> None:
+    """One trial: pretrain with the sampled parameters, then measure the transfer on validation data."""
+    sampled = sampled.get("point", sampled)
+    config = trial_config(plan, sampled)
+    job = plan.jobs[config.method]
+    job = replace(job, config=config, record=job.record | {"parameters": dict(sampled)})
+    try:
+        checkpoint = _pretrain(job, plan)
+    except TrainingDiverged as error:
+        # Restarting would diverge again in the same step: the trial ends here, as failed.
+        tune.report({"epoch": 0, "diverged": str(error)})
+        return
+    with _as_directory(checkpoint) as directory:
+        results = {
+            phase: evaluate_checkpoint(directory, plan.tasks, phase, job.data, config.train) for phase in plan.phases
+        }
+    tune.report(final_report(results, config.train.epochs + 1, plan.objective, checkpoint))
+
+
+def _pretrain(job: Job, plan: SweepPlan) -> str:
+    """Train; returns the path of the last checkpoint.
+
+    One worker runs in this process. Several are a nested Ray Train run, named after the trial so that a restored trial
+    continues it.
+    """
+    if job.config.train.num_workers == 1:
+        run_job(job, Worker(0, 1, worker_device(job.config.train)), TuneReporter())
+        return tune.get_checkpoint().path
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from rayjobs.ray_train import build_trainer, fit
+
+    trial_id = tune.get_context().get_trial_id()
+    trainer = build_trainer(job, f"{plan.storage}/train", f"train-{trial_id}", [TuneReportCallback()])
+    result = fit(trainer)
+    assert result.checkpoint is not None
+    return result.checkpoint.path
+
+
+@contextmanager
+def _as_directory(path: str) -> Iterator[str]:
+    """A checkpoint of this trial as a local folder."""
+    from rayjobs.checkpoint import local_directory
+
+    location = path if "://" in path or os.path.isabs(path) else f"s3://{path}"
+    with local_directory(location) as directory:
+        yield str(directory)
+
+
+def final_report(results: Mapping[str, TransferResult], epoch: int, objective: str, checkpoint: str) -> dict[str, Any]:
+    """The last report of a trial: the objective, all transfer metrics with intervals, their protocol."""
+    first = next(iter(results.values()))
+    return {
+        "epoch": epoch,
+        "objective": first.value(objective),
+        "transfer": {phase: result.to_json() for phase, result in results.items()},
+        "checkpoint_path": checkpoint,
+    }
+
+
+class TrialEvents(tune.Callback):
+    """Hands Tune's events on the driver to one listener (display and MLflow)."""
+
+    def __init__(self, listener: Any) -> None:
+        self._listener = listener
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_listener": None}  # Tune pickles its callbacks; the listener holds threads and is set again on restore
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._listener.trial_started(trial.trial_id, trial.config.get("point", trial.config))
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict, **info: Any) -> None:
+        self._listener.trial_reported(trial.trial_id, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._listener.trial_ended(trial.trial_id, trial.last_result, error=None)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._listener.trial_ended(trial.trial_id, trial.last_result, error=str(trial.get_pickled_error() or "failed"))
+
+
+def _scheduler(plan: SweepPlan, epochs: int) -> Any:
+    rungs = milestones(epochs)
+    if not plan.prune or not rungs:
+        return FIFOScheduler()
+    return ASHAScheduler(
+        time_attr="epoch",
+        metric="proxy",
+        mode="max",
+        max_t=epochs + 2,  # a trial's last report has epoch + 1; reaching max_t would stop it before
+        grace_period=rungs[0],
+        reduction_factor=REDUCTION_FACTOR,
+    )
+
+
+def build_tuner(plan: SweepPlan, space: SearchSpace, context: SpaceContext, listener: Any) -> tune.Tuner:
+    """A fresh sweep."""
+    epochs = next(iter(plan.base.values())).train.epochs
+    search = PruneAwareOptunaSearch(
+        proxy="proxy",
+        space=partial(space.sample, context=context),
+        metric="objective",
+        mode=plan.direction[:3],
+        points_to_evaluate=space.presets(context)[: plan.num_trials] if space.presets else None,
+        sampler=optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=plan.seed),
+    )
+    return tune.Tuner(
+        _trainable(plan),
+        tune_config=tune.TuneConfig(
+            num_samples=plan.num_trials,
+            max_concurrent_trials=plan.max_concurrent,
+            search_alg=search,
+            scheduler=_scheduler(plan, epochs),
+        ),
+        run_config=_run_config(plan, listener),
+    )
+
+
+def build_points_tuner(plan: SweepPlan, points: list[dict[str, Any]], listener: Any) -> tune.Tuner:
+    """Fixed settings instead of a search: the random-initialisation baseline, the confirmation seeds."""
+    return tune.Tuner(
+        _trainable(plan),
+        param_space={"point": tune.grid_search(points)},
+        tune_config=tune.TuneConfig(max_concurrent_trials=plan.max_concurrent, metric="objective", mode="max"),
+        run_config=_run_config(plan, listener),
+    )
+
+
+def _run_config(plan: SweepPlan, listener: Any) -> tune.RunConfig:
+    return tune.RunConfig(
+        name=plan.folder,
+        storage_path=plan.storage,
+        verbose=0,
+        callbacks=[TrialEvents(listener)],
+        failure_config=tune.FailureConfig(max_failures=1),
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+    )
+
+
+def restore_tuner(plan: SweepPlan, listener: Any) -> tune.Tuner:
+    """An interrupted sweep: finished trials stay, unfinished ones go on from their last checkpoint."""
+    tuner = tune.Tuner.restore(
+        f"{plan.storage}/{plan.folder}", trainable=_trainable(plan), resume_unfinished=True, resume_errored=False
+    )
+    # The listener holds threads and cannot be pickled with the experiment.
+    tuner._local_tuner.get_run_config().callbacks = [TrialEvents(listener)]
+    return tuner
+
+
+def _trainable(plan: SweepPlan) -> Any:
+    settings = next(iter(plan.base.values())).train
+    trainable = tune.with_parameters(run_trial, plan=plan)
+    if settings.num_workers > 1:
+        return tune.with_resources(trainable, head_resource())
+    resources: dict[str, float] = {"CPU": settings.cpus_per_worker}
+    if settings.use_gpu:
+        resources["GPU"] = 1
+    return tune.with_resources(trainable, resources)

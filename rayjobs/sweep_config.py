@@ -1,0 +1,160 @@
+"""The sweep command's configuration, and the checks that run before any worker starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+
+from image_data.prepare import DataConfig, PreparedData
+from methods import METHODS
+from rayjobs.configs import PretrainConfig, TrainConfig, preset, with_parameters
+from rayjobs.job import view_recipes
+from rayjobs.train_loop import method_context
+from rayjobs.transfer import TaskConfigs, check_tasks, task_configs, task_of
+from search_spaces import SearchSpace, SpaceContext, search_space
+
+__all__ = ["SweepConfig", "SweepSetup", "checked_batch", "prepare_sweep", "sweep_defaults"]
+
+PROBE_TASKS = 200  # few-shot tasks of the pruning metric; the objective itself uses the full protocol
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Which pretraining transfers best: sweep methods and hyperparameters, judged by downstream transfer.
+
+    Attributes:
+        space: search space: transfer (all methods), or the name of one method.
+        methods: only these methods of the space.
+        num_trials: trials to run.
+        objective: downstream metric to optimise; empty takes the space's. Measured on validation data.
+        tasks: downstream tasks measured for every finished trial; empty takes the space's.
+        prune: stop trials that fall behind at a quarter and at half of the epochs (ASHA).
+        confirm: retrain the winner with this many new seeds and report the test split.
+        name: name of the sweep: folder under --output and MLflow experiment; empty makes one from the time.
+        output: folder (or URI that all nodes reach) of results and checkpoints.
+        resume: continue an interrupted sweep: finished trials stay, others go on from their checkpoint.
+        train: training settings of all trials.
+        data: images, splits, subsets.
+    """
+
+    space: str = "transfer"
+    methods: tuple[str, ...] = ()
+    num_trials: int = 12
+    objective: str = ""
+    tasks: tuple[str, ...] = ()
+    prune: bool = True
+    confirm: int = 0
+    name: str = ""
+    output: str = "results"
+    resume: bool = False
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True)
+class SweepSetup:
+    """A checked sweep: nothing in it can fail for a reason that the user could have been told before."""
+
+    config: SweepConfig
+    space: SearchSpace
+    context: SpaceContext
+    base: dict[str, PretrainConfig]
+    tasks: TaskConfigs
+    probe: TaskConfigs
+    probe_metric: str
+    objective: str
+
+
+def checked_batch(train: TrainConfig, data: PreparedData) -> None:
+    """Raise ValueError when the global batch does not divide over workers and micro-steps or exceeds the data."""
+    parts = train.num_workers * train.accumulate
+    if train.num_workers < 1 or train.accumulate < 1 or train.batch_size < 1:
+        raise ValueError("--num-workers, --accumulate and --batch-size must be at least 1.")
+    if train.batch_size % parts:
+        raise ValueError(
+            f"--batch-size {train.batch_size} is not a multiple of workers x micro-steps = {train.num_workers} x "
+            f"{train.accumulate}. Use {max(1, train.batch_size // parts) * parts}, or change --accumulate."
+        )
+    images = data.split("train").num_images
+    if train.batch_size > images:
+        raise ValueError(
+            f"--batch-size {train.batch_size} exceeds the {images} images of the training split: no full batch exists. "
+            f"Use at most {images // parts * parts}."
+        )
+    if train.epochs < 0:
+        raise ValueError(f"--epochs is {train.epochs}; give 0 (random initialisation) or more.")
+
+
+def prepare_sweep(config: SweepConfig, data: PreparedData) -> SweepSetup:
+    """Check the whole sweep against the data.
+
+    Raises:
+        ValueError: what is wrong, what is allowed, how to fix it.
+    """
+    space = search_space(config.space)
+    _check_numbers(config)
+    checked_batch(config.train, data)
+    methods = _selected(config, space)
+    objective = config.objective or space.objective
+    tasks = task_configs(_with_objective(config.tasks or space.tasks, objective))
+    for phase in ("val", "test"):
+        check_tasks(tasks, phase, data)
+    probe_metric = objective if task_of(objective) in ("few_shot", "knn") else "knn/top1"
+    probe = task_configs([task_of(probe_metric)], num_tasks=PROBE_TASKS)
+    info = data.split("train")
+    context = SpaceContext(
+        info.num_images, len(info.class_names), config.train.batch_size, config.train.epochs, methods
+    )
+    base = {m: with_parameters(preset(m, config.train, config.data), dict(space.fixed)) for m in methods}
+    setup = SweepSetup(config, space, context, base, tasks, probe, probe_metric, objective)
+    _check_methods(setup, data)
+    return setup
+
+
+def _check_numbers(config: SweepConfig) -> None:
+    if config.num_trials < 1:
+        raise ValueError(f"--num-trials is {config.num_trials}; give at least 1.")
+    if config.confirm < 0 or config.confirm == 1:
+        raise ValueError(
+            f"--confirm is {config.confirm}; give 0 (no confirmation) or at least 2 seeds: one gives no interval."
+        )
+    if config.train.epochs < 1:
+        raise ValueError(
+            f"--epochs is {config.train.epochs}; a sweep needs at least 1 (its baseline run covers epoch 0)."
+        )
+
+
+def _selected(config: SweepConfig, space: SearchSpace) -> tuple[str, ...]:
+    unknown = [name for name in config.methods if name not in space.methods]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], space.methods, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"--methods: {', '.join(unknown)} not in space {space.name!r}.{hint} It has: {', '.join(space.methods)}."
+        )
+    return config.methods or space.methods
+
+
+def _with_objective(tasks: tuple[str, ...], objective: str) -> list[str]:
+    needed = task_of(objective)
+    return list(tasks) if needed in tasks else [needed, *tasks]
+
+
+def _check_methods(setup: SweepSetup, data: PreparedData) -> None:
+    """Validate each method at the settings that its first trial will have."""
+    points = setup.space.presets(setup.context) if setup.space.presets else []
+    info = data.split("train")
+    for point in points:
+        parameters = dict(point)
+        method = parameters.pop("method", setup.context.methods[0])
+        config = with_parameters(setup.base[method], parameters)
+        view_recipes(config)
+        context = method_context(config, len(info.class_names), info.num_images)
+        METHODS[method].method.validate(config.method_config, context)
+
+
+def sweep_defaults() -> SweepConfig:
+    """Defaults of the command: a sweep of minutes on two CPU cores."""
+    train = dataclasses.replace(TrainConfig(), image_size=32, stem="imagenet", batch_size=64, epochs=8)
+    return SweepConfig(train=train)
