@@ -1,0 +1,192 @@
+"""The order in which an epoch visits the packed shards: a shuffle that reads each row group a bounded number of times.
+
+A global permutation needs random access to every image, which row groups of a Parquet shard do not give. Here an epoch
+is
+
+1. the row groups of all shards in a random order of (seed, epoch),
+2. cut into windows of a fixed number of rows (a multiple of the global batch),
+3. each window's rows permuted by (seed, epoch, window), then cut into batches.
+
+So the order depends on (seed, epoch, global batch size) and on the packed shards, and not on the number of workers or
+on which task reads what. The rows of the shards are already shuffled over the whole split when they are written, so a
+window is a random sample of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from image_data.contracts import DataError
+
+__all__ = [
+    "Piece",
+    "RowGroup",
+    "Window",
+    "epoch_windows",
+    "list_row_groups",
+    "open_shard",
+    "read_window",
+    "window_size",
+]
+
+# A window is one task: large enough to mix images and to hide a task's overhead (about 10 ms), small enough that the
+# first batch comes soon and that a task's encoded bytes stay far below a core's share of the memory.
+WINDOW_ROWS = 2048
+WINDOW_BYTES = 64 * 2**20
+_GROUP_ORDER, _ROW_ORDER = 1, 2  # keep the two kinds of draws of one (seed, epoch) apart
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of a packed shard."""
+
+    file: str
+    group: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``start`` to ``stop`` of a row group."""
+
+    file: str
+    group: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive rows of an epoch that one task reads and permutes.
+
+    Attributes:
+        epoch: the epoch.
+        first_row: position of its first row in the epoch.
+        num_rows: rows that it delivers; fewer than its pieces hold where the epoch's incomplete last batch is dropped.
+        pieces: the rows it is made of, in the order of storage.
+        shuffle_seed: seed of the permutation; empty keeps the order of storage.
+    """
+
+    epoch: int
+    first_row: int
+    num_rows: int
+    pieces: tuple[Piece, ...]
+    shuffle_seed: tuple[int, ...]
+
+
+def list_row_groups(files: Sequence[str]) -> tuple[RowGroup, ...]:
+    """The row groups of packed shards (local paths or URIs), in the order of storage; reads the footers only."""
+    groups = []
+    for file in files:
+        with open_shard(file) as shard:
+            metadata = shard.metadata
+            groups += [RowGroup(file, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
+    return tuple(group for group in groups if group.num_rows > 0)
+
+
+def window_size(num_images: int, num_bytes: int, global_batch: int) -> int:
+    """Rows of a window: the multiple of the global batch nearest to what ``WINDOW_ROWS`` and ``WINDOW_BYTES`` allow.
+
+    Args:
+        num_images: images of the split.
+        num_bytes: their encoded bytes.
+        global_batch: batch size times number of workers.
+    """
+    bytes_per_image = max(1, num_bytes // max(1, num_images))
+    rows = min(WINDOW_ROWS, WINDOW_BYTES // bytes_per_image)
+    return max(1, round(rows / global_batch)) * global_batch
+
+
+def epoch_windows(
+    groups: Sequence[RowGroup],
+    epoch: int,
+    *,
+    seed: int,
+    size: int,
+    global_batch: int,
+    shuffle: bool = True,
+    drop_last: bool = True,
+) -> list[Window]:
+    """Cut one epoch into windows; together they hold every row exactly once, less the dropped incomplete batch.
+
+    Args:
+        groups: the row groups of the split, in the order of storage.
+        epoch: which epoch.
+        seed: of the run.
+        size: rows of a window, a multiple of ``global_batch``.
+        global_batch: batch size times number of workers.
+        shuffle: False keeps the order of storage.
+        drop_last: leave out the last, incomplete global batch.
+    """
+    if shuffle:
+        order = np.random.default_rng((seed, epoch, _GROUP_ORDER)).permutation(len(groups))
+        groups = [groups[i] for i in order]
+    ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    usable = total - total % global_batch if drop_last else total
+    windows = []
+    for number, first in enumerate(range(0, usable, size)):
+        last = min(first + size, total)
+        windows.append(
+            Window(
+                epoch=epoch,
+                first_row=first,
+                num_rows=min(size, usable - first),
+                pieces=_pieces(groups, ends, first, last),
+                shuffle_seed=(seed, epoch, _ROW_ORDER, number) if shuffle else (),
+            )
+        )
+    return windows
+
+
+def read_window(window: Window, columns: Sequence[str]) -> tuple[pa.Table, np.ndarray]:
+    """Read the rows of a window.
+
+    Args:
+        window: which.
+        columns: names of the columns to read.
+
+    Returns:
+        The table in the order of storage, and int64 (num_rows,): the row of the table to deliver at each position.
+    """
+    parts = []
+    for piece in window.pieces:
+        with open_shard(piece.file) as shard:
+            rows = shard.read_row_group(piece.group, columns=list(columns), use_threads=False)
+        parts.append(rows.slice(piece.start, piece.stop - piece.start))
+    table = pa.concat_tables(parts)
+    if not window.shuffle_seed:
+        return table, np.arange(window.num_rows)
+    return table, np.random.default_rng(window.shuffle_seed).permutation(table.num_rows)[: window.num_rows]
+
+
+def _pieces(groups: Sequence[RowGroup], ends: np.ndarray, first: int, last: int) -> tuple[Piece, ...]:
+    """The parts of the groups that lie between positions ``first`` and ``last`` of their concatenation."""
+    pieces = []
+    i = int(np.searchsorted(ends, first, side="right"))
+    while first < last:
+        group, end = groups[i], int(ends[i])
+        begin = end - group.num_rows
+        pieces.append(Piece(group.file, group.group, first - begin, min(last, end) - begin))
+        first, i = min(last, end), i + 1
+    return tuple(pieces)
+
+
+def open_shard(file: str) -> pq.ParquetFile:
+    """Open a packed shard, a local path or a URI that pyarrow knows (s3://, gs://)."""
+    try:
+        if "://" in file:
+            filesystem, path = pyarrow.fs.FileSystem.from_uri(file)
+            return pq.ParquetFile(filesystem.open_input_file(path))
+        return pq.ParquetFile(file, memory_map=True)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"The packed shard {file} is missing on this node. Prepare the data again, or keep the cache on storage "
+            "that every node of the cluster sees."
+        ) from error
