@@ -1,0 +1,238 @@
+"""The networks that transfer: ResNet-9 of Newell & Deng, ResNet-18/34/50 with torchvision's weights, and timm models.
+
+Every backbone has the same contract (class ``Backbone``): a map of features, its global average, and its stages in
+order. Nothing of a method (projector, classifier) lives here, so what a checkpoint stores is exactly what transfers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+__all__ = ["BACKBONES", "Backbone", "ResNet9", "Stem", "TimmBackbone", "TorchvisionResNet", "build_backbone"]
+
+Stem = Literal["imagenet", "small"]
+
+TIMM_PREFIX = "timm:"
+# torchvision's block type and number of blocks in layer1..layer4.
+RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+BACKBONES = ("resnet9", *RESNETS)
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """What methods and evaluations may rely on.
+
+    Attributes:
+        num_features: C, width of the feature map and of the pooled feature.
+        stages: stem, stage 1, stage 2, ...; applying them one after the other is ``forward_features``. They share
+            their parameters with the backbone, so freezing a stage freezes that part of the backbone.
+    """
+
+    num_features: int
+
+    @property
+    def stages(self) -> list[nn.Module]: ...
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> last feature map (B, C, h, w)."""
+        ...
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> global average of the feature map (B, C)."""
+        ...
+
+
+def _pool(features_BChw: Tensor) -> Tensor:
+    return features_BChw.mean(dim=(2, 3))
+
+
+def _init_conv(conv: nn.Conv2d) -> None:
+    """torchvision's initialisation of convolutions."""
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
+
+class TorchvisionResNet(ResNet):
+    """torchvision's ResNet without the classifier: its state dict without ``fc.*`` loads strictly.
+
+    The small stem is the usual one for 32 px images: 3x3 convolution of stride 1, no max-pool.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: tuple[int, int, int, int],
+        stem: Stem = "imagenet",
+        zero_init_residual: bool = False,
+    ) -> None:
+        super().__init__(block, list(layers), num_classes=1, zero_init_residual=zero_init_residual)
+        del self.fc
+        self.num_features = 512 * block.expansion
+        if stem == "small":
+            self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+            _init_conv(self.conv1)
+            self.maxpool = nn.Identity()
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
+        return [stem, self.layer1, self.layer2, self.layer3, self.layer4]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _pool(self.forward_features(x))
+
+
+class _ConvBlock(nn.Module):
+    """3x3 convolution, 2x2 max-pool, BatchNorm, CELU(0.075): pooled before the norm, as in the authors' code."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.pool = nn.MaxPool2d(2)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.relu = nn.CELU(alpha=0.075, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(self.pool(self.conv1(x))))
+
+
+class _PixelLinear(nn.Linear):
+    """Linear layer at every location of a map (B, C, h, w); without a copy when the map is channels_last."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ResNet9(nn.Module):
+    """ResNet-9 of Newell & Deng (CVPR 2020; ``princeton-vl/selfstudy: models/resnet.py``), 256 features.
+
+    conv3x3(64)-BN-ReLU; stage 1: conv3x3(128)-pool-BN-CELU, residual block; stage 2: conv3x3(256)-pool-BN-CELU;
+    stage 3: conv3x3(512)-pool-BN-CELU, residual block, Linear(512, 256) per location. Stride 8.
+
+    ``stem="small"`` is this network, which the paper trains at 64 px. ``stem="imagenet"`` is our addition for large
+    images: torchvision's stem (7x7 stride 2, BN, ReLU, 3x3 max-pool of stride 2) before the same stages; stride 32.
+    """
+
+    num_features = 256
+
+    def __init__(self, stem: Stem = "small", zero_init_residual: bool = False) -> None:
+        super().__init__()
+        is_small = stem == "small"
+        kernel, stride = (3, 1) if is_small else (7, 2)
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=kernel, stride=stride, padding=kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if is_small else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1 = nn.Sequential(_ConvBlock(64, 128), BasicBlock(128, 128))
+        self.layer2 = nn.Sequential(_ConvBlock(128, 256))
+        self.layer3 = nn.Sequential(_ConvBlock(256, 512), BasicBlock(512, 512))
+        self.fc = _PixelLinear(512, self.num_features)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                _init_conv(module)
+            if zero_init_residual and isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
+        return [stem, self.layer1, self.layer2, nn.Sequential(self.layer3, self.fc)]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        # A linear layer commutes with the average over locations, so it is applied to the pooled feature only.
+        pooled = _pool(self.layer3(self.layer2(self.layer1(x))))
+        return nn.functional.linear(pooled, self.fc.weight, self.fc.bias)
+
+
+class TimmBackbone(nn.Module):
+    """A timm model that ends in a feature map (convolutional networks), without its classifier.
+
+    It keeps timm's own stem and initialisation. ``forward`` is the plain average of the map, whatever pooling the
+    model itself uses, because class activation maps and dense tasks rest on that identity.
+    """
+
+    def __init__(self, name: str, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.num_features = int(model.num_features)
+        side = 64
+        was_training = model.training
+        with torch.no_grad():
+            features = model.eval().forward_features(torch.zeros(1, 3, side, side))
+        model.train(was_training)
+        if features.dim() != 4 or features.shape[1] != self.num_features:
+            raise ValueError(
+                f"timm model {name!r} gives features of shape {tuple(features.shape)} for one {side} px image, but a "
+                "backbone must give a map (B, C, h, w). Choose a convolutional network, e.g. timm:convnext_atto."
+            )
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """The model's top-level modules that hold parameters, in order (timm has no common notion of a stage)."""
+        return [child for child in self.model.children() if any(True for _ in child.parameters())]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.model.forward_features(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _pool(self.forward_features(x))
+
+
+def _build_timm(name: str, stem: Stem) -> TimmBackbone:
+    if stem != "imagenet":
+        raise ValueError(f"timm:{name} brings its own stem, so stem={stem!r} cannot apply. Set stem to 'imagenet'.")
+    try:
+        import timm  # type: ignore[import-not-found]  # an extra that only these backbones need
+    except ImportError as error:
+        raise ValueError(f"Backbone timm:{name} needs the package timm: install it with `pip install timm`.") from error
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=5)
+        raise ValueError(
+            f"timm has no model {name!r}. Close names: {', '.join(close) or 'none'}. "
+            "`python -c 'import timm; print(timm.list_models())'` lists all."
+        )
+    return TimmBackbone(name, timm.create_model(name, pretrained=False, num_classes=0))
+
+
+def build_backbone(name: str, stem: Stem = "imagenet", zero_init_residual: bool = False) -> Any:
+    """A backbone with random weights from torch's global generator.
+
+    Args:
+        name: resnet9, resnet18, resnet34, resnet50, or ``timm:NAME``.
+        stem: imagenet (7x7 stride 2 and max-pool) or small (3x3 stride 1, no pooling).
+        zero_init_residual: start every residual block as the identity (SimSiam); timm models keep their own
+            initialisation.
+
+    Returns:
+        A module that fulfils ``Backbone``.
+
+    Raises:
+        ValueError: unknown name or stem, or a timm model that is not installed or gives no feature map.
+    """
+    if stem not in get_args(Stem):
+        raise ValueError(f"Unknown stem {stem!r}. Choose one of: {', '.join(get_args(Stem))}.")
+    if name.startswith(TIMM_PREFIX):
+        return _build_timm(name.removeprefix(TIMM_PREFIX), stem)
+    if name == "resnet9":
+        return ResNet9(stem, zero_init_residual)
+    if name not in RESNETS:
+        raise ValueError(f"Unknown backbone {name!r}. Choose one of: {', '.join(BACKBONES)}, or {TIMM_PREFIX}NAME.")
+    block, layers = RESNETS[name]
+    return TorchvisionResNet(block, layers, stem, zero_init_residual)
