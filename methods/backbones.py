@@ -143,7 +143,7 @@ class ResNet9(nn.Module):
             if isinstance(module, nn.Conv2d):
                 _init_conv(module)
             if zero_init_residual and isinstance(module, BasicBlock):
-                nn.init.zeros_(module.bn2.weight)
+                nn.init.zeros_(module.get_parameter("bn2.weight"))
 
     @property
     def stages(self) -> list[nn.Module]:
