@@ -23,13 +23,13 @@ from methods.backbones import build_backbone
 from rayjobs.configs import PretrainConfig, from_dict, resolve_stem, to_dict
 
 __all__ = [
+    "copy_checkpoint",
     "load_backbone",
     "load_config",
     "load_state",
     "local_directory",
     "save_checkpoint",
     "save_transfer_checkpoint",
-    "upload_directory",
 ]
 
 STATE, BACKBONE, CONFIG = "state.pt", "backbone.safetensors", "config.json"
@@ -116,23 +116,20 @@ def _filesystem(location: str) -> tuple[Any, str]:
     return FileSystem.from_uri(location)
 
 
-def upload_directory(source: Path, target: str) -> None:
-    """Copy a local directory to a local path or URI; a local copy is renamed into place when complete."""
+def copy_checkpoint(source: str | Path, target: str) -> None:
+    """Copy a local checkpoint folder into a local folder or URI; each file appears whole, the config last."""
+    names = [name for name in (STATE, BACKBONE, CONFIG) if (Path(source) / name).is_file()]
     if "://" in target:
-        from pyarrow.fs import LocalFileSystem, copy_files
-
         filesystem, path = _filesystem(target)
         filesystem.create_dir(path, recursive=True)
-        copy_files(str(source), path, source_filesystem=LocalFileSystem(), destination_filesystem=filesystem)
+        for name in names:
+            with filesystem.open_output_stream(f"{path}/{name}") as stream:
+                stream.write((Path(source) / name).read_bytes())
         return
-    final = Path(target)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}.") as temporary:
-        staged = Path(temporary) / final.name
-        shutil.copytree(source, staged)
-        if final.exists():
-            os.replace(final, Path(temporary) / "previous")
-        os.replace(staged, final)
+    Path(target).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        with _atomic(Path(target) / name) as temporary:
+            shutil.copyfile(Path(source) / name, temporary)
 
 
 def save_transfer_checkpoint(source: str | Path, target: str | Path) -> Path:

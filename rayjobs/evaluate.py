@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluation import TASKS, Features, Metric
-from image_data.prepare import DataConfig, PreparedData, prepare
+from image_data.prepare import DataConfig, prepare
+from image_data.prepared import PreparedData
 from rayjobs.checkpoint import load_config, local_directory
 from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, quiet_libraries, user_errors
 from rayjobs.configs import PretrainConfig

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from image_data import RECIPES
-from image_data.prepare import PreparedData, prepare
+from image_data.prepare import prepare
+from image_data.prepared import PreparedData
 from image_data.store import DecodedStore
 from image_data.stream import MemoryStream
 from methods import METHODS
@@ -89,7 +90,7 @@ def worker_device(config: TrainConfig) -> torch.device:
 def local_data(data: PreparedData, config: PretrainConfig) -> PreparedData:
     """The prepared data as this node sees it: the driver's folder when it is shared, else prepared here.
 
-    Preparing is deterministic, so every node that does it gets the same bytes; the fingerprints are compared.
+    Preparing is deterministic, so every node that does it gets the same bytes; the contents are compared.
 
     Raises:
         RuntimeError: this node prepared other data than the driver (the source differs between the nodes).
@@ -97,10 +98,10 @@ def local_data(data: PreparedData, config: PretrainConfig) -> PreparedData:
     if "://" in data.directory or os.path.isdir(data.directory):
         return data
     mine = prepare(config.data, log=lambda _: None)
-    if mine.fingerprint != data.fingerprint:
+    if mine.content != data.content:
         raise RuntimeError(
-            f"Node {os.uname().nodename} sees other data than the driver ({mine.fingerprint} instead of "
-            f"{data.fingerprint}). Put the source or --data.cache on storage that all nodes share."
+            f"Node {os.uname().nodename} sees other data than the driver (content {mine.content} instead of "
+            f"{data.content}). Put the source or --cache on storage that all nodes share."
         )
     return mine
 

@@ -16,7 +16,8 @@ if __package__ in (None, ""):  # run as a script: the project folder takes the p
 
 from rich.console import Console
 
-from image_data.prepare import DataConfig, PreparedData, prepare
+from image_data.prepare import DataConfig, prepare
+from image_data.prepared import PreparedData
 from methods import METHODS, method_spec
 from methods.optimizers import OptimizerConfig
 from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, option_value, quiet_libraries, user_errors
@@ -141,7 +142,7 @@ def _local_cpus(config: PretrainConfig, data: PreparedData) -> int | None:
 
 
 def _run(options: Options, config: PretrainConfig, data: PreparedData, target: str, console: Console) -> None:
-    from rayjobs.checkpoint import local_directory, upload_directory
+    from rayjobs.checkpoint import copy_checkpoint, local_directory
     from rayjobs.configs import config_hash, to_dict
     from rayjobs.ray_train import ProgressPoller, build_trainer, fit
     from rayjobs.tracking import Tracker, default_tracking_uri, tracking_summary
@@ -167,7 +168,7 @@ def _run(options: Options, config: PretrainConfig, data: PreparedData, target: s
             result = fit(build_trainer(job, target, "train", board=poller.board))
         assert result.checkpoint is not None
         with local_directory(result.checkpoint.path) as directory:
-            upload_directory_into(directory, target, upload_directory)
+            copy_checkpoint(directory, target)
             run.artifact(directory / "config.json", "checkpoint")
             run.artifact(directory / "backbone.safetensors", "checkpoint")
             tracker.flush()

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from image_data.prepare import PreparedData
+from image_data.prepared import PreparedData
 from rayjobs.configs import PretrainConfig, config_hash
 
 __all__ = ["data_record", "git_revision", "package_versions", "run_record"]
@@ -48,6 +48,7 @@ def data_record(data: PreparedData) -> dict[str, Any]:
     return {
         "source": list(data.source),
         "fingerprint": data.fingerprint,
+        "content": data.content,
         "rule": data.rule,
         "splits": splits,
         "skipped": [list(item) for item in data.skipped],

@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 
-from image_data.prepare import DataConfig, PreparedData
+from image_data.prepare import DataConfig
+from image_data.prepared import PreparedData
 from methods import METHODS
 from rayjobs.configs import PretrainConfig, TrainConfig, preset, with_parameters
 from rayjobs.job import view_recipes

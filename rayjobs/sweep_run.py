@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from image_data.prepare import PreparedData
+from image_data.prepared import PreparedData
 from rayjobs.capacity import ClusterInfo, max_concurrent_trials
 from rayjobs.configs import PretrainConfig, from_dict, preset, to_dict
 from rayjobs.job import Job

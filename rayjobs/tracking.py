@@ -111,7 +111,8 @@ class Tracker:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        logging.getLogger("alembic").setLevel(logging.ERROR)
+        for name in ("alembic", "urllib3"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         self.uri = uri or default_tracking_uri()
         self.experiment = experiment
         self._log = log

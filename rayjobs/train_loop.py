@@ -23,6 +23,7 @@ from image_data.contracts import ImageBatch
 from image_data.stream import to_device
 from methods import METHODS
 from methods.backbones import build_backbone
+from methods.batchnorm import average_running_statistics
 from methods.collectives import all_reduce_mean
 from methods.contracts import Batch, MethodContext, Progress
 from methods.optimizers import build_optimizer, learning_rate, set_learning_rate
@@ -148,9 +149,13 @@ def train(
     for epoch in range(start, config.train.epochs):
         metrics = _run_epoch(training, stream, epoch, reporter)
         finished = epoch + 1
-        if probe is not None and finished in probe_epochs and worker.rank == 0:
-            metrics |= _probed(training, probe, finished)
         is_due = finished % config.train.checkpoint_every == 0 or finished == config.train.epochs
+        is_probed = probe is not None and finished in probe_epochs
+        if is_due or is_probed:
+            # Per-device BatchNorm drifts apart; rank 0 speaks for all workers, and a resumed run starts from its state.
+            average_running_statistics(training.method)
+        if is_probed and worker.rank == 0:
+            metrics |= _probed(training, probe, finished)
         saver = None
         if is_due and worker.rank == 0:
             state = _state(training, finished, metrics)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from evaluation import TASKS, EvaluationContext, Features, Metric, Phase
-from evaluation.features import extract_features
+from evaluation.features import FeatureCache, make_context
 from image_data import RECIPES
-from image_data.prepare import PreparedData, SplitInfo
+from image_data.contracts import ImageBatch
+from image_data.prepared import PreparedData
 from image_data.store import DecodedStore
 from image_data.stream import MemoryStream
 from rayjobs.checkpoint import load_backbone
@@ -109,14 +110,13 @@ def evaluate_backbone(
         features: another way to get a split's features (a Ray Data actor pool); default: this process.
         on_metric: called as each metric is known.
     """
-    cache: dict[str, Features] = {}
-
-    def cached(split: str) -> Features:
-        if split not in cache:
-            cache[split] = features(split) if features else _features_here(backbone, data, split, settings, device)
-        return cache[split]
-
-    context = EvaluationContext(features=cached, phase=phase, seed=seed)
+    if features is None:
+        batches = partial(feature_batches, data=data, settings=settings)
+        context = make_context(
+            backbone, batches, lambda split: data.split(split).class_names, phase, seed, str(device), autocast=False
+        )
+    else:
+        context = EvaluationContext(FeatureCache(features), phase, seed, str(device))
     metrics: list[Metric] = []
     protocol: dict[str, Any] = {
         "phase": phase,
@@ -149,31 +149,21 @@ def evaluate_checkpoint(
     return evaluate_backbone(backbone.to(where), tasks, phase, data, settings, where, seed)
 
 
-def _features_here(
-    backbone: nn.Module, data: PreparedData, split: str, settings: TrainConfig, device: torch.device
-) -> Features:
-    info = data.split(split)
-    batches = feature_batches(info, data, settings)
-    return extract_features(backbone, batches, class_names=info.class_names, device=device)
-
-
-def feature_batches(
-    info: SplitInfo, data: PreparedData, settings: TrainConfig
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(uint8 images (B, 3, S, S), labels) of a whole split in order, resized and centre-cropped."""
+def feature_batches(split: str, data: PreparedData, settings: TrainConfig) -> Iterator[ImageBatch]:
+    """Every image of a split once, resized and centre-cropped."""
     from rayjobs.job import uses_memory
 
+    info = data.split(split)
     recipe = [RECIPES["evaluation"]]
     threads = max(1, int(settings.cpus_per_worker))
     order: dict[str, Any] = dict(
         image_size=settings.image_size, batch_size=FEATURE_BATCH, shuffle=False, drop_last=False
     )
-    if uses_memory(settings, data, info.name):
+    if uses_memory(settings, data, split):
         store = DecodedStore.open(info, data.directory, threads=threads)
         stream: Any = MemoryStream(store, recipe, threads=threads, **order)
     else:
         from image_data.ray_stream import RayDataStream
 
         stream = RayDataStream(info, recipe, **order)
-    for batch in stream.epoch(0):
-        yield batch.views[0], batch.labels
+    return stream.epoch(0)
