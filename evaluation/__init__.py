@@ -1,1 +1,103 @@
-"""evaluation."""
+"""Downstream tasks and analyses: one file each, listed in ``TASKS``.
+
+A task is a frozen config dataclass and five functions of it: ``evaluate`` yields the metrics, ``protocol`` states as
+data how they are computed, ``splits`` names the splits that are read, ``check`` refuses impossible options and data
+before any long work, ``metric_names`` lists the main metrics. To add one, write the file and one row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from evaluation import entropy, few_shot, knn, linear, uniformity
+from evaluation.metric import ClassCounts, EvaluationContext, Features, Metric, Phase
+
+__all__ = ["TASKS", "ClassCounts", "EvaluationContext", "Features", "Metric", "Phase", "TaskSpec"]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One row of ``TASKS``.
+
+    Attributes:
+        name: first part of the metric names.
+        config: the default config, an instance of the task's frozen dataclass.
+        evaluate: ``(config, context)`` -> the metrics.
+        protocol: ``(config, phase)`` -> JSON data that is stored with the metrics.
+        splits: ``(config, phase)`` -> the splits that ``evaluate`` reads.
+        check: ``(config, phase, class_counts)`` raises ValueError for impossible options or data.
+        metric_names: ``config`` -> the main metrics, those that can be an objective.
+        summary: one line for help texts and tables.
+        direction: which way the main metrics are better.
+    """
+
+    name: str
+    config: Any
+    evaluate: Callable[[Any, EvaluationContext], Iterator[Metric]]
+    protocol: Callable[[Any, Phase], dict]
+    splits: Callable[[Any, Phase], tuple[str, ...]]
+    check: Callable[[Any, Phase, ClassCounts], None]
+    metric_names: Callable[[Any], tuple[str, ...]]
+    summary: str
+    direction: Literal["max", "min"] = "max"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Main metrics of the default config."""
+        return self.metric_names(self.config)
+
+
+TASKS: dict[str, TaskSpec] = {
+    "linear": TaskSpec(
+        name="linear",
+        config=linear.LinearConfig(),
+        evaluate=linear.evaluate,
+        protocol=linear.protocol,
+        splits=linear.splits,
+        check=linear.check,
+        metric_names=linear.metric_names,
+        summary="top-1 of a linear layer on cached features, learning rate chosen on validation images",
+    ),
+    "knn": TaskSpec(
+        name="knn",
+        config=knn.KnnConfig(),
+        evaluate=knn.evaluate,
+        protocol=knn.protocol,
+        splits=knn.splits,
+        check=knn.check,
+        metric_names=knn.metric_names,
+        summary="top-1 of 200 nearest neighbours with weighted votes",
+    ),
+    "few_shot": TaskSpec(
+        name="few_shot",
+        config=few_shot.FewShotConfig(),
+        evaluate=few_shot.evaluate,
+        protocol=few_shot.protocol,
+        splits=few_shot.splits,
+        check=few_shot.check,
+        metric_names=few_shot.metric_names,
+        summary="5-way 1- and 5-shot accuracy on classes that pretraining never saw, 600 tasks",
+    ),
+    "entropy": TaskSpec(
+        name="entropy",
+        config=entropy.EntropyConfig(),
+        evaluate=entropy.evaluate,
+        protocol=entropy.protocol,
+        splits=entropy.splits,
+        check=entropy.check,
+        metric_names=entropy.metric_names,
+        summary="representation entropy H_R of the pretraining images",
+    ),
+    "uniformity": TaskSpec(
+        name="uniformity",
+        config=uniformity.UniformityConfig(),
+        evaluate=uniformity.evaluate,
+        protocol=uniformity.protocol,
+        splits=uniformity.splits,
+        check=uniformity.check,
+        metric_names=uniformity.metric_names,
+        summary="uniformity of unit-length and of raw features over all pairs of pretraining images",
+    ),
+}
