@@ -27,8 +27,8 @@ __all__ = ["IMAGE_EXTENSIONS", "MAX_PIXELS", "UnreadableImage", "decode_image"]
 
 # What a folder or a tar shard is searched for; the decoder looks at the content, not at the name.
 IMAGE_EXTENSIONS = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"]
-    + [".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".qoi"]
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".qoi"}
 )
 # Without TGA: it has no signature, so that damaged files of other formats would pass as TGA.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "ICO")
