@@ -70,7 +70,14 @@ JOINED_START_TIMEOUT_S: Final = "900"
 # OMP_NUM_THREADS goes along only when the user set it: otherwise Ray sets it to the CPUs of each worker.
 # MLFLOW_EXPERIMENT_ID and MLFLOW_RUN_ID must not leak into workers, and the runtime environment is readable in the
 # dashboard, so that passwords and tokens have to be on the nodes already.
-FORWARDED_PREFIXES: Final = ("RAY_DATA_", "RAY_TRAIN_", "TUNE_", "OMP_NUM_THREADS", "MLFLOW_HTTP_REQUEST_")
+FORWARDED_PREFIXES: Final = (
+    "RAY_DATA_",
+    "RAY_TRAIN_",
+    "TUNE_",
+    "OMP_NUM_THREADS",
+    "PRETRANSFER_",
+    "MLFLOW_HTTP_REQUEST_",
+)
 FORWARDED_NAMES: Final = (
     "MLFLOW_S3_ENDPOINT_URL",
     "MLFLOW_TRACKING_URI",

@@ -1,8 +1,8 @@
 """Tells Ray that this EC2 spot node is about to be taken away: two minutes' warning instead of a dead worker.
 
-EC2 announces an interruption in the instance metadata; nothing in Ray 2.60 reads it there. ``cluster.yaml`` starts this
-script beside ``ray start`` on the spot nodes. On a notice it drains the node with the reason "preemption": Ray schedules
-nothing new on it, and Ray Train restarts the run from its checkpoint elsewhere without charging its failure limit.
+EC2 announces an interruption in the instance metadata; nothing in Ray 2.60 reads it there. ``cluster.yaml`` starts
+this script beside ``ray start``. On a notice it drains the node with the reason "preemption": Ray schedules nothing new
+on it, and Ray Train restarts the run from its checkpoint elsewhere without charging its failure limit.
 
 Standard library only: the image carries this one file, because a job's code is not there yet when a node starts.
 
