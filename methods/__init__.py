@@ -1,1 +1,111 @@
-"""methods."""
+"""Pretraining methods: ``METHODS`` is the table of all of them, one row per preset.
+
+Each row names the config with the paper's defaults, the class, the view recipes, the optimiser and one line of summary;
+what they mean stands in the method's own file.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from methods import camtrast, exemplar, moco, simsiam, sl_mlp, supervised
+from methods.contracts import Batch, Method, MethodContext, MethodSpec, Progress, StepOutput
+
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Method",
+    "MethodContext",
+    "MethodSpec",
+    "Progress",
+    "StepOutput",
+    "describe",
+    "method_spec",
+]
+
+METHODS: dict[str, MethodSpec] = {
+    "supervised": MethodSpec(
+        config=supervised.SupervisedConfig(),
+        method=supervised.Supervised,
+        views=supervised.VIEWS,
+        optimizer=supervised.OPTIMIZER,
+        summary="Cross entropy on the labels.",
+    ),
+    "sl_mlp": MethodSpec(
+        config=sl_mlp.SLMLPConfig(),
+        method=sl_mlp.SLMLP,
+        views=sl_mlp.VIEWS,
+        optimizer=sl_mlp.OPTIMIZER,
+        summary="Cross entropy through an MLP projector that is thrown away (Wang et al. 2022).",
+    ),
+    "moco_v1": MethodSpec(
+        config=moco.MoCoConfig(temperature=0.07, projector_depth=1),
+        method=moco.MoCo,
+        views=moco.VIEWS_V1,
+        optimizer=moco.OPTIMIZER_V1,
+        summary="Instance discrimination against a queue of momentum keys, linear head (He et al. 2020).",
+    ),
+    "moco_v2": MethodSpec(
+        config=moco.MoCoConfig(),
+        method=moco.MoCo,
+        views=moco.VIEWS_V2,
+        optimizer=moco.OPTIMIZER_V2,
+        summary="MoCo with an MLP head, blur and a cosine schedule (Chen et al. 2020).",
+    ),
+    "exemplar_v1": MethodSpec(
+        config=exemplar.ExemplarConfig(temperature=0.07, projector_depth=1),
+        method=exemplar.Exemplar,
+        views=moco.VIEWS_V1,
+        optimizer=moco.OPTIMIZER_V1,
+        summary="MoCo v1 without negatives of the query's own class (Zhao et al. 2021).",
+    ),
+    "exemplar_v2": MethodSpec(
+        config=exemplar.ExemplarConfig(),
+        method=exemplar.Exemplar,
+        views=moco.VIEWS_V2,
+        optimizer=moco.OPTIMIZER_V2,
+        summary="MoCo v2 without negatives of the query's own class (Zhao et al. 2021).",
+    ),
+    "simsiam": MethodSpec(
+        config=simsiam.SimSiamConfig(),
+        method=simsiam.SimSiam,
+        views=simsiam.VIEWS,
+        optimizer=simsiam.OPTIMIZER,
+        summary="Two views predict each other behind a stop-gradient, no negatives (Chen & He 2021).",
+        zero_init_residual=True,
+    ),
+    "camtrast_moco": MethodSpec(
+        config=camtrast.CamtrastMoCoConfig(),
+        method=camtrast.CamtrastMoCo,
+        views=camtrast.VIEWS,
+        optimizer=camtrast.OPTIMIZER,
+        summary="Labels, plus MoCo v2 between an image and itself with the class activation hidden (Sun et al. 2022).",
+    ),
+    "camtrast_simsiam": MethodSpec(
+        config=camtrast.CamtrastSimSiamConfig(),
+        method=camtrast.CamtrastSimSiam,
+        views=camtrast.VIEWS,
+        optimizer=camtrast.OPTIMIZER,
+        summary="Labels, plus SimSiam between an image and itself with the class activation hidden (Sun et al. 2022).",
+        zero_init_residual=True,
+    ),
+}
+
+
+def method_spec(name: str) -> MethodSpec:
+    """The row of ``METHODS`` of this name.
+
+    Raises:
+        ValueError: unknown name; the message lists the names and the closest ones.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    close = difflib.get_close_matches(name, METHODS, n=2)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise ValueError(f"Unknown method {name!r}.{hint} The methods are: {', '.join(METHODS)}.")
+
+
+def describe() -> str:
+    """One line per method: name and summary, aligned; for help texts."""
+    width = max(map(len, METHODS))
+    return "\n".join(f"{name:<{width}}  {spec.summary}" for name, spec in METHODS.items())

@@ -6,7 +6,9 @@ from typing import Literal
 
 from torch import nn
 
-__all__ = ["head_dim", "mlp_head"]
+from methods.contracts import MethodContext
+
+__all__ = ["head_dim", "mlp_head", "validate_head_batch"]
 
 
 def head_dim(in_dim: int, out_dim: int, depth: int) -> int:
@@ -68,3 +70,15 @@ def mlp_head(
         if output_batchnorm != "none":
             layers.append(nn.BatchNorm1d(out_dim, affine=output_batchnorm == "affine"))
     return nn.Sequential(*layers)
+
+
+def validate_head_batch(context: MethodContext, sync_batchnorm: bool) -> None:
+    """Raises ``ValueError`` if BatchNorm on vectors would see a single image per forward pass."""
+    workers = 1 if sync_batchnorm else context.world_size
+    images = context.global_batch_size // (workers * context.num_micro_steps)
+    if images < 2:
+        raise ValueError(
+            f"BatchNorm in the head would see {images} image per forward pass (global batch "
+            f"{context.global_batch_size}, {context.world_size} workers, {context.num_micro_steps} micro-steps); it "
+            "needs at least 2. Use a larger batch, fewer workers or fewer micro-steps."
+        )
