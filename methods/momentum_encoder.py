@@ -1,4 +1,7 @@
-"""The slowly moving copy of an encoder (MoCo, Eq. 2), and ShuffleBN for its forward pass (MoCo, section 3.3)."""
+"""The slowly moving copy of an encoder (MoCo, Eq. 2), and ShuffleBN for its forward pass (MoCo, section 3.3).
+
+``KeyEncoder`` puts the parts together: what turns the second view into the keys of MoCo and its relatives.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,21 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.collectives import all_gather_concat, broadcast_permutation, rank, world_size
-from methods.contracts import MethodContext
+from methods.contracts import MethodContext, Progress
 
-__all__ = ["MomentumEncoder", "resolve_bn_splits", "shuffled_encode"]
+__all__ = ["KeyEncoder", "MomentumEncoder", "resolve_bn_splits", "shuffled_encode", "unit_vectors"]
 
 # Images per BatchNorm group in MoCo: a batch of 256 on 8 GPUs.
 _PAPER_GROUP_SIZE = 32
+
+
+def unit_vectors(x_BD: Tensor) -> Tensor:
+    """Rows of length 1, in float32 or better also under autocast."""
+    return F.normalize(x_BD.to(torch.promote_types(x_BD.dtype, torch.float32)), dim=1)
 
 
 class MomentumEncoder(nn.Module):
@@ -40,8 +49,9 @@ class MomentumEncoder(nn.Module):
         """
         # The lists are built at each call (0.2 ms for ResNet-50): a stored one would go stale silently when weights
         # are replaced, for example by load_state_dict(assign=True) or a deep copy.
-        pairs = (list(self.module.parameters()), list(online.parameters()))
-        torch._foreach_lerp_(*pairs, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        copies: list[Tensor] = list(self.module.parameters())
+        sources: list[Tensor] = list(online.parameters())
+        torch._foreach_lerp_(copies, sources, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -71,6 +81,50 @@ def shuffled_encode(encoder: Callable[[Tensor], Tensor], images_BCHW: Tensor, se
     inverse_N = torch.argsort(permutation_N)
     shuffled = all_gather_concat(images_BCHW)[permutation_N[mine]]
     return all_gather_concat(encoder(shuffled))[inverse_N[mine]]
+
+
+class KeyEncoder(nn.Module):
+    """f_k: momentum copies of backbone and projector; images in, unit keys out.
+
+    Attributes:
+        shuffle_seed: int64 (), source of all ShuffleBN permutations of the run. Drawn from the global generator like
+            initial weights; DDP shares rank 0's. A buffer, so that a resumed run continues the same permutations.
+    """
+
+    shuffle_seed: Tensor
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module, momentum: float, shuffle_bn: bool) -> None:
+        """Copies both modules.
+
+        Args:
+            backbone: images to features; its BatchNorm groups are already set (``convert_batchnorm``).
+            projector: features to the space of the contrast.
+            momentum: m of Eq. 2.
+            shuffle_bn: whether to encode with ShuffleBN.
+        """
+        super().__init__()
+        self.backbone = MomentumEncoder(backbone)
+        self.projector = MomentumEncoder(projector)
+        self.momentum = momentum
+        self.shuffle_bn = shuffle_bn
+        self.register_buffer("shuffle_seed", torch.randint(2**62, ()))
+
+    def follow(self, backbone: nn.Module, projector: nn.Module, progress: Progress) -> None:
+        """Moves towards the online modules; once per optimiser step, however many micro-steps it has."""
+        if progress.micro_step == 0:
+            self.backbone.update(backbone, self.momentum)
+            self.projector.update(projector, self.momentum)
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor, progress: Progress) -> Tensor:
+        """Keys (B, D) of length 1, without gradient."""
+        if not self.shuffle_bn:
+            return self._encode(images_BCHW)
+        counter = progress.step * progress.num_micro_steps + progress.micro_step
+        return shuffled_encode(self._encode, images_BCHW, self.shuffle_seed, counter)
+
+    def _encode(self, images_BCHW: Tensor) -> Tensor:
+        return unit_vectors(self.projector(self.backbone(images_BCHW)))
 
 
 def resolve_bn_splits(bn_splits: int | Literal["auto"], shuffle_bn: bool, context: MethodContext) -> int:
