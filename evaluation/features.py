@@ -38,7 +38,7 @@ class FeatureExtractor:
         self.mean = torch.tensor(IMAGENET_MEAN, device=device).mul_(255).view(1, 3, 1, 1)
         self.inverse_std = torch.tensor(IMAGENET_STD, device=device).mul_(255).reciprocal_().view(1, 3, 1, 1)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: a module may keep tensors of its forward pass and train on
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features, float32 (B, D), of RGB images, uint8 (B, 3, H, W).
 
@@ -47,7 +47,8 @@ class FeatureExtractor:
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are {images.dtype} {images.shape}; expected uint8 (B, 3, H, W), RGB.")
-        x = torch.from_numpy(images).to(self.device, non_blocking=True)
+        writable = images if images.flags.writeable else images.copy()  # arrays from Ray's object store are read-only
+        x = torch.from_numpy(writable).to(self.device, non_blocking=True)
         # Only the input is converted: changing the weights' layout would change the rest of a training run.
         x = ((x - self.mean) * self.inverse_std).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
