@@ -10,6 +10,7 @@ enter the queue after the optimiser step, so that accumulated gradients see the 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,7 +86,13 @@ def validate_momentum_contrast(config: Any, context: MethodContext, method: str)
             f"projector_dim={config.projector_dim}; the depth must be at least 0 and the widths at least 1."
         )
     validate_queue_size(config.queue_size, context)
-    resolve_bn_splits(config.bn_splits, config.shuffle_bn, context)
+    num_splits = resolve_bn_splits(config.bn_splits, config.shuffle_bn, context)
+    if config.shuffle_bn and num_splits * context.world_size == 1:
+        warnings.warn(
+            f"{method}: shuffle_bn has no effect with one BatchNorm group (1 worker, bn_splits=1). Use bn_splits='auto' "
+            "or at least 2 groups, or shuffle_bn=False.",
+            stacklevel=2,
+        )
 
 
 class MoCo(nn.Module):
