@@ -89,8 +89,8 @@ def validate_momentum_contrast(config: Any, context: MethodContext, method: str)
     num_splits = resolve_bn_splits(config.bn_splits, config.shuffle_bn, context)
     if config.shuffle_bn and num_splits * context.world_size == 1:
         warnings.warn(
-            f"{method}: shuffle_bn has no effect with one BatchNorm group (1 worker, bn_splits=1). Use bn_splits='auto' "
-            "or at least 2 groups, or shuffle_bn=False.",
+            f"{method}: shuffle_bn has no effect with one BatchNorm group (1 worker, bn_splits=1). Use "
+            "bn_splits='auto' or at least 2 groups, or shuffle_bn=False.",
             stacklevel=2,
         )
 
