@@ -212,19 +212,20 @@ class _RateSearch:
         new = self.config.learning_rates
         for growth in range(MAX_GROWTHS + 1):
             probes = self.fit(x, y, new)
-            correct = (probes.predict(val_x) == val_y[:, None]).sum(axis=0)
+            predicted = probes.predict(val_x)
+            correct = np.where(predicted[0] < 0, -1, (predicted == val_y[:, None]).sum(axis=0))  # -1: diverged
             tried.update(
                 {rate: (int(c), _single(probes, i)) for i, (rate, c) in enumerate(zip(new, correct, strict=True))}
             )
             rates = sorted(tried)
             highest = max(correct for correct, _ in tried.values())
             equals = [rate for rate in rates if tried[rate][0] == highest]
-            best = equals[(len(equals) - 1) // 2]
+            best = equals[(len(equals) - 1) // 2] if highest >= 0 else rates[0]
             if best not in (rates[0], rates[-1]):
                 return best, tried[best][1]
             if growth < MAX_GROWTHS:
                 new = _beyond(rates, best)
-        if not bool(torch.isfinite(tried[best][1].weight).all()):
+        if tried[best][0] < 0:
             raise ValueError(
                 f"linear: the probe diverged at every learning rate of {rates}; use smaller learning_rates."
             )

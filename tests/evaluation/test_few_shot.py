@@ -123,7 +123,10 @@ def test_phase_and_option_choose_the_split() -> None:
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"train": (40,) * 5, "val": (40,) * 5}, r"'val_classes', which the data does not have .* split='base_classes'"),
+        (
+            {"train": (40,) * 5, "val": (40,) * 5},
+            r"'val_classes', which the data does not have .* split='base_classes'",
+        ),
         ({"val_classes": (40,) * 3}, r"at least 5 classes in split 'val_classes' .* it has 3"),
         ({"val_classes": (40, 19, 40, 40, 20, 3)}, r"needs 20 images per class .* 1 \(19\), 5 \(3\)\. Lower"),
     ],
