@@ -1,4 +1,4 @@
-"""Features of a large split by a Ray Data actor pool: each image is read, decoded and passed through the backbone once."""
+"""Features of a large split by a Ray Data actor pool: each image is decoded and passed through the backbone once."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from methods.optimizers import OptimizerConfig
 from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, option_value, quiet_libraries, user_errors
 from rayjobs.configs import PretrainConfig, TrainConfig
 from rayjobs.job import Job, uses_memory, view_recipes
+from rayjobs.places import resolve_output
 from rayjobs.record import run_record
 from rayjobs.sweep_config import checked_batch
 from rayjobs.train_loop import TrainingDiverged, method_context
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         options, config = _parse(arguments)
         data = prepare(config.data, log=console.print)
         _check(config, data)
-        target = _target(options)
+        target = resolve_output(options.output)
         has_run = _check_target(options, target, config)
 
     from rayjobs.cluster import check_resources, connect, shutdown
@@ -112,11 +113,6 @@ def _check(config: PretrainConfig, data: PreparedData) -> None:
         METHODS[config.method].method.validate(config.method_config, context)
 
 
-def _target(options: Options) -> str:
-    output = options.output
-    return output.rstrip("/") if "://" in output else str(Path(output).expanduser().resolve())
-
-
 def _check_target(options: Options, target: str, config: PretrainConfig) -> bool:
     """Whether the folder holds an unfinished run; refuses to overwrite or to mix runs."""
     from pyarrow.fs import FileSystem, FileType, LocalFileSystem
@@ -150,7 +146,7 @@ def _run(options: Options, config: PretrainConfig, data: PreparedData, target: s
 
     record = run_record(config, data)
     job = Job(config, record, data, probe_tasks={})
-    journal = Path(target if "://" not in target else "results") / "mlflow-pending.jsonl"
+    journal = Path(target if "://" not in target else resolve_output("results")) / "mlflow-pending.jsonl"
     tracker = Tracker(options.experiment, journal, log=console.print)
     tags = {"key": target, "kind": "pretrain", "method": config.method, "config_hash": config_hash(config)}
     run = tracker.run(Path(target).name, tags)

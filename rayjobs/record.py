@@ -7,15 +7,14 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from image_data.prepared import PreparedData
 from rayjobs.configs import PretrainConfig, config_hash
+from rayjobs.places import PROJECT_ROOT
 
 __all__ = ["data_record", "git_revision", "package_versions", "run_record"]
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "ray", "optuna", "mlflow", "numba", "numpy", "pillow", "simplejpeg", "scikit-learn")
 
 
@@ -62,8 +61,8 @@ def package_versions() -> dict[str, str]:
 
 def git_revision() -> str:
     """Commit of the checkout, with "+changes" when the tree differs; "unknown" outside a checkout (a job's upload)."""
-    if not (ROOT / ".git").exists():
+    if not (PROJECT_ROOT / ".git").exists():
         return os.environ.get("PRETRANSFER_GIT_REVISION", "unknown")
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+changes"]
+    command = ["git", "-C", str(PROJECT_ROOT), "describe", "--always", "--abbrev=12", "--dirty=+changes"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"

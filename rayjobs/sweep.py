@@ -18,6 +18,7 @@ from rich.console import Console
 
 from image_data.prepare import prepare
 from rayjobs.cli import EXIT_INTERRUPTED, differences, flat_parse, quiet_libraries, user_errors
+from rayjobs.places import resolve_output
 from rayjobs.sweep_config import SweepConfig, prepare_sweep, sweep_defaults
 
 
@@ -73,7 +74,7 @@ def _named(config: SweepConfig) -> SweepConfig:
 
     if not config.resume:
         return config if config.name else replace(config, name=f"{config.space}-{time.strftime('%Y%m%d-%H%M%S')}")
-    root = Path(config.output).expanduser()
+    root = Path(resolve_output(config.output))
     name = config.name
     if not name:
         found = sorted(p.parent for p in root.glob("*/sweep.json") if not is_finished(p.parent))
@@ -98,7 +99,7 @@ def _check_folder(config: SweepConfig) -> None:
     """A name that is in use needs --resume or another name."""
     if config.resume or "://" in config.output:
         return
-    folder = Path(config.output).expanduser() / config.name
+    folder = Path(resolve_output(config.output)) / config.name
     if (folder / "sweep.json").exists():
         raise ValueError(
             f"A sweep named {config.name!r} exists in {folder}. Continue it with --resume --name {config.name}, or "

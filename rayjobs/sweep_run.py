@@ -17,6 +17,7 @@ from image_data.prepared import PreparedData
 from rayjobs.capacity import ClusterInfo, max_concurrent_trials
 from rayjobs.configs import PretrainConfig, from_dict, preset, to_dict
 from rayjobs.job import Job
+from rayjobs.places import resolve_output
 from rayjobs.ray_tune import (
     SweepPlan,
     build_points_tuner,
@@ -44,9 +45,7 @@ class SweepInterrupted(KeyboardInterrupt):
 
 def sweep_folder(config: SweepConfig) -> str:
     """Absolute folder or URI of the sweep."""
-    if "://" in config.output:
-        return f"{config.output.rstrip('/')}/{config.name}"
-    return str(Path(config.output).expanduser().resolve() / config.name)
+    return f"{resolve_output(config.output)}/{config.name}"
 
 
 class _Sweep:
@@ -56,7 +55,7 @@ class _Sweep:
         self.setup, self.data, self.console = setup, data, console
         config = setup.config
         self.folder = sweep_folder(config)
-        self.local = Path(self.folder) if "://" not in self.folder else Path("results") / config.name
+        self.local = Path(self.folder if "://" not in self.folder else resolve_output("results") + "/" + config.name)
         self.local.mkdir(parents=True, exist_ok=True)
         settings = config.train
         resources = {"CPU": settings.cpus_per_worker, "GPU": float(settings.use_gpu)}

@@ -18,16 +18,20 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rayjobs.places import home
+
 __all__ = ["RunHandle", "Tracker", "default_tracking_uri", "tracking_summary"]
 
-ROOT = Path(__file__).resolve().parent.parent
 RETRY_SECONDS = 2.0
 PARAM_LIMIT = 500  # longest parameter value that MLflow's SQL stores accept is 6000; the UI shows about this much
 
 
 def default_tracking_uri() -> str:
-    """``MLFLOW_TRACKING_URI``, else the SQLite store ``mlflow.db`` in the project folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlflow.db'}"
+    """``MLFLOW_TRACKING_URI``, else the SQLite store ``mlflow.db`` in the project folder (a job's: see ``places``)."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return os.environ["MLFLOW_TRACKING_URI"]
+    home().mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{home() / 'mlflow.db'}"
 
 
 def tracking_summary(uri: str) -> str:

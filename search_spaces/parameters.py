@@ -14,9 +14,9 @@ from search_spaces.space import SpaceContext
 
 __all__ = ["preset_parameters", "queue_sizes", "suggest_parameters"]
 
-# S-ZHAO Table 10 sweeps 0.07 to 0.2 and MoCo/SimCLR use up to 0.5 on small images.
+# Zhao et al. (ICLR 2021) Table 10 sweeps 0.07 to 0.2; SimCLR uses up to 0.5 on small images.
 TEMPERATURE = (0.04, 0.5)
-# Factor around each method's published learning rate (papers.md section 2): the methods' own rates span 0.03 to 0.1.
+# Per 256 images. The methods' published rates span 0.03 (MoCo) to 0.1 (supervised): half a decade to either side.
 LEARNING_RATE = (0.01, 0.3)
 PROJECTOR_DEPTHS = (1, 2, 3)  # linear layers: MoCo v1 has 1, MoCo v2 2, SimSiam 3
 QUEUE_BATCHES = (4, 16, 64, 256)  # queue length in global batches: 65,536 keys are 256 batches of 256

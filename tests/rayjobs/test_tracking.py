@@ -87,7 +87,7 @@ def test_refused_write_is_reported_and_does_not_block(store, tmp_path):
 
 
 def test_unreachable_server_is_a_clear_error(tmp_path):
-    with pytest.raises(ValueError, match="does not answer.*make ui"):
+    with pytest.raises(ValueError, match=r"does not answer.*make ui"):
         Tracker("x", tmp_path / "j", uri="http://127.0.0.1:9", log=lambda _: None)
 
 
