@@ -96,13 +96,11 @@ def decode_image(data: bytes, name: str = "") -> np.ndarray:
 
 
 def _decode_jpeg(data: bytes, name: str) -> np.ndarray | None:
-    """RGB of a JPEG, or None where Pillow decides (CMYK, or a defect that libjpeg warns of)."""
+    """RGB of a JPEG, or None where simplejpeg refuses and Pillow decides: CMYK, or a defect that libjpeg warns of."""
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         if int(height) * int(width) > MAX_PIXELS:
             raise UnreadableImage(name, f"{width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")
-        if str(colorspace).upper() in ("CMYK", "YCCK"):
-            return None
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
     except UnreadableImage:
         raise
