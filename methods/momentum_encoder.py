@@ -51,7 +51,8 @@ class MomentumEncoder(nn.Module):
         # are replaced, for example by load_state_dict(assign=True) or a deep copy.
         copies: list[Tensor] = list(self.module.parameters())
         sources: list[Tensor] = list(online.parameters())
-        torch._foreach_lerp_(copies, sources, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        if copies:  # a projector of depth 0 has no parameters
+            torch._foreach_lerp_(copies, sources, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
