@@ -80,7 +80,7 @@ def suppress(images_B3HW: Tensor, mask_B1HW: Tensor, to: SuppressTo) -> Tensor:
     keep = (1.0 - mask_B1HW).to(images_B3HW.dtype)
     if to == "mean_color":
         return images_B3HW * keep
-    # keep * (x std + mean) = x' std + mean, solved for x'.
     black = [-m / s for m, s in zip(MEAN, STD, strict=True)]
     black_131 = torch.tensor(black, dtype=images_B3HW.dtype, device=images_B3HW.device).view(3, 1, 1)
-    return torch.addcmul(black_131 * (1.0 - keep), images_B3HW, keep)
+    # keep * (x std + mean) = x' std + mean, solved for x'. Starting from the images keeps their memory format.
+    return (images_B3HW - black_131).mul_(keep).add_(black_131)

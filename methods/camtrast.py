@@ -23,7 +23,7 @@ Readings, where the paper is silent or its released code differs:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,8 @@ def _validate(config: CamtrastConfig, context: MethodContext, method: str) -> No
     validate_classes(context, method)
     if config.cam_warmup_epochs is not None and config.cam_warmup_epochs < 0:
         raise ValueError(f"cam_warmup_epochs={config.cam_warmup_epochs} is not allowed: it must be at least 0.")
+    if config.suppress_to not in get_args(SuppressTo):
+        raise ValueError(f"suppress_to={config.suppress_to!r} must be one of: {', '.join(get_args(SuppressTo))}.")
 
 
 class _Classified(NamedTuple):
@@ -284,7 +286,7 @@ class CamtrastSimSiam(nn.Module):
             z_BD = self.projector(classified.pooled)
         p_BD = self.predictor(self.projector(classified.pooled_suppressed))
         loss_self = negative_cosine(p_BD, z_BD)
-        metrics = classified.metrics | {"loss_self": loss_self.detach(), "feature_spread": feature_spread(z_BD)}
+        metrics = classified.metrics | {"loss_self": loss_self.detach(), "feature_spread": feature_spread(p_BD)}
         return StepOutput(classified.loss + loss_self, metrics)
 
     def after_step(self, progress: Progress) -> None:

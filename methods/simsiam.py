@@ -127,7 +127,8 @@ class SimSiam(nn.Module):
         p_1, p_2 = self.predictor(z_1), self.predictor(z_2)
         t_1, t_2 = (z_1.detach(), z_2.detach()) if self.config.stop_gradient else (z_1, z_2)
         loss = (negative_cosine(p_1, t_2) + negative_cosine(p_2, t_1)) / 2
-        return StepOutput(loss, {"feature_spread": feature_spread(z_1)})
+        # Of p: the BatchNorm at the projector's end stretches a collapsed z apart again.
+        return StepOutput(loss, {"feature_spread": feature_spread(p_1)})
 
     def after_step(self, progress: Progress) -> None:
         """Nothing follows the optimiser step."""
