@@ -92,7 +92,7 @@ def read_block(table: pa.Table, sizes: tuple[int, ...]) -> Block:
         table: a block of ``BlockMaker``.
         sizes: side of each view in pixels.
     """
-    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    columns = {name: _contiguous(table[name]) for name in table.column_names}
     num_rows = table.num_rows
     views = []
     for i, size in enumerate(sizes):
@@ -103,6 +103,11 @@ def read_block(table: pa.Table, sizes: tuple[int, ...]) -> Block:
     for values in (epoch, number, epochs_left):
         assert values[0] == values[-1], "a block holds rows of one batch"
     return Block(ImageBatch(views, label, index, int(epoch[0])), int(number[0]), int(epochs_left[0]))
+
+
+def _contiguous(column: pa.ChunkedArray) -> pa.Array:
+    # combine_chunks copies even a single chunk
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _fixed_size_binary(view: np.ndarray) -> pa.Array:

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import ray.data
+import ray.train
+from ray.data import ExecutionResources
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
@@ -36,13 +38,15 @@ from image_data.views import ViewMaker, ViewRecipe
 from image_data.windows import Window, epoch_windows, list_row_groups, window_size
 
 if TYPE_CHECKING:
-    import ray.train
-
-    from image_data.prepare import SplitInfo
+    from image_data.prepared import SplitInfo
 
 __all__ = ["RayDataStream", "check_data_cpus", "make_train_dataset", "train_data_config"]
 
 TASKS_PER_EXECUTION = 1000  # each costs the planner about 1 ms before the first batch
+
+# Batches made ahead of training may fill this much of the object store (Ray stops at half of the store in any case):
+# enough for some tens of tasks whose batches wait for their turn.
+AHEAD_BYTES = 8 * 2**30
 
 
 def make_train_dataset(
@@ -58,6 +62,7 @@ def make_train_dataset(
     shuffle: bool = True,
     drop_last: bool = True,
     backend: Literal["fused", "torchvision"] = "fused",
+    label_selector: dict[str, str] | None = None,
 ) -> ray.data.Dataset:
     """The dataset of augmented batches for ``TorchTrainer(datasets={"train": factory})``.
 
@@ -76,6 +81,7 @@ def make_train_dataset(
         shuffle: False keeps the order of storage.
         drop_last: False also delivers the last, incomplete batch; one worker only.
         backend: ``fused`` kernel or the slow ``torchvision`` reference.
+        label_selector: node labels of where the tasks run, such as {"role": "data"}; None is anywhere.
 
     Raises:
         DataError: fewer images than one global batch, or a start after the end.
@@ -101,23 +107,21 @@ def make_train_dataset(
     dataset = ray.data.read_datasource(source, override_num_blocks=len(source.get_read_tasks(1)))
     # Ray ends a block where it exceeds this size: just below one batch means one block per batch.
     dataset.context.target_max_block_size = int(0.9 * batch_size * maker.row_bytes)
-    dataset.context.execution_options.preserve_order = True
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    options.resource_limits = ExecutionResources(object_store_memory=_ahead_bytes(split, maker, global_batch))
+    if label_selector:
+        options.label_selector = label_selector
     return dataset
 
 
-def train_data_config(label_selector: dict[str, str] | None = None) -> ray.train.DataConfig:
-    """How Ray Train must split the dataset: equal shards in a fixed order.
+def train_data_config(num_workers: int) -> ray.train.DataConfig:
+    """How Ray Train must split the dataset: equal shards, each dataset with the options that it was made with.
 
     Args:
-        label_selector: node labels on which the data tasks run, such as {"role": "data"}; None is anywhere.
+        num_workers: training workers, fixed: an epoch is cut for this number.
     """
-    import ray.train
-
-    options = ray.train.DataConfig.default_ingest_options()
-    options.preserve_order = True
-    if label_selector:
-        options.label_selector = label_selector
-    return ray.train.DataConfig(execution_options=options, enable_shard_locality=False)
+    return _StreamDataConfig(num_workers)
 
 
 def check_data_cpus(cluster_cpus: float, train_cpus: float) -> None:
@@ -137,6 +141,40 @@ def check_data_cpus(cluster_cpus: float, train_cpus: float) -> None:
             f"{left:g} for Ray Data, whose tasks take 1 each: the run would wait for ever. Lower the number of workers "
             "or their CPUs, start Ray with more (logical) CPUs, or keep the data in memory (stream=memory)."
         )
+
+
+def _ahead_bytes(split: SplitInfo, maker: BlockMaker, global_batch: int) -> int:
+    """Memory for batches made ahead: of a small split two epochs, since what a stopped run has made ahead is wasted."""
+    two_epochs = 2 * split.num_images * maker.row_bytes
+    return max(4 * global_batch * maker.row_bytes, min(AHEAD_BYTES, two_epochs))
+
+
+class _StreamDataConfig(ray.train.DataConfig):
+    """Splits each dataset with its own options; the base class would replace them by the driver's."""
+
+    def __init__(self, num_workers: int) -> None:
+        super().__init__(enable_shard_locality=False)
+        self._num_workers = num_workers
+
+    def configure(
+        self,
+        datasets: dict[str, ray.data.Dataset],
+        world_size: int,
+        worker_handles: Any,
+        worker_node_ids: Any,
+        **kwargs: Any,
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        if world_size != self._num_workers:
+            raise DataError(
+                f"The data was cut for {self._num_workers} workers but Ray Train started {world_size}. Elastic "
+                "training would change the global batch; set a fixed ScalingConfig(num_workers=...)."
+            )
+        shards: list[dict[str, ray.data.DataIterator]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            dataset.set_name(name)
+            for rank, shard in enumerate(dataset.streaming_split(world_size, equal=True)):
+                shards[rank][name] = shard
+        return shards
 
 
 class RayDataStream:
@@ -270,9 +308,12 @@ class RayDataStream:
                     self._take(self._next[0], step)
         if self._tables is None:
             source = self._shard or self._make_dataset(start_epoch=epoch)
-            self._tables = iter(
-                source.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=self._prefetch)
+            tables = source.iter_batches(
+                batch_size=None,  # pyright: ignore[reportArgumentType] - documented: whole blocks
+                batch_format="pyarrow",
+                prefetch_batches=self._prefetch,
             )
+            self._tables = iter(tables)
 
     def _take(self, epoch: int, step: int) -> Block:
         """The next block, which must be this one; ends the execution after its last block."""

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import repeat
@@ -126,7 +126,8 @@ def _build(split: SplitInfo, target: Path, manifest: dict[str, Any], threads: in
     work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         table = _decode_split(split, work / _PIXELS, threads)
-        np.savez(work / _TABLE, **table)
+        with open(work / _TABLE, "wb") as file:
+            np.savez(file, allow_pickle=False, **table)
         (work / _MANIFEST).write_text(json.dumps(manifest))
         if target.exists():
             shutil.rmtree(target)
@@ -162,7 +163,7 @@ def _decode_split(split: SplitInfo, pixel_file: Path, threads: int) -> dict[str,
     return _checked_table(split, columns, position)
 
 
-def _reserve(file: Path, num_bytes: int) -> np.ndarray:
+def _reserve(file: Path, num_bytes: int) -> np.memmap:
     """A writable map of a new file, allocated on disk now: a disk full later would end the process by SIGBUS."""
     if num_bytes <= 0:
         raise DataError("The split holds no pixels to decode. Check that it has images.")
@@ -187,7 +188,9 @@ def _decode_into(pixels: np.ndarray, start: int, shape: tuple[int, int], data: b
     pixels[start : start + image.size] = image.reshape(-1)
 
 
-def _checked_table(split: SplitInfo, columns: dict[str, Sequence[np.ndarray]], num_bytes: int) -> dict[str, np.ndarray]:
+def _checked_table(
+    split: SplitInfo, columns: Mapping[str, Sequence[np.ndarray]], num_bytes: int
+) -> dict[str, np.ndarray]:
     """The columns of all row groups joined, compared with what the split says of itself."""
     table = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in columns.items()}
     table = {

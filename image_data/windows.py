@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
 import pyarrow.parquet as pq
 
 from image_data.contracts import DataError
+from image_data.uri import Files
 
 __all__ = [
     "Piece",
@@ -179,12 +179,12 @@ def _pieces(groups: Sequence[RowGroup], ends: np.ndarray, first: int, last: int)
 
 
 def open_shard(file: str) -> pq.ParquetFile:
-    """Open a packed shard, a local path or a URI that pyarrow knows (s3://, gs://)."""
+    """Open a packed shard, a local path or a URI (s3://, gs://, whatever fsspec knows)."""
     try:
-        if "://" in file:
-            filesystem, path = pyarrow.fs.FileSystem.from_uri(file)
-            return pq.ParquetFile(filesystem.open_input_file(path))
-        return pq.ParquetFile(file, memory_map=True)
+        if "://" not in file:
+            return pq.ParquetFile(file, memory_map=True)
+        storage = Files(file)
+        return pq.ParquetFile(storage.open(storage.root))
     except FileNotFoundError as error:
         raise DataError(
             f"The packed shard {file} is missing on this node. Prepare the data again, or keep the cache on storage "
