@@ -48,7 +48,7 @@ class DataConfig:
 
     Attributes:
         data: one URI, split by a seeded rule, or ``split=URI`` for any of train, val, test, val_classes, novel_classes.
-            What is missing of val and test is then taken from train.
+            What is missing of val and test is then taken from train (from ``rendered:`` its own val and test).
         class_split: shares of base, validation and novel classes; pretraining sees base classes only. "auto" is
             0.64/0.16/0.20 for one URI and no division for named splits; None never divides. ``rendered:`` always has
             its own division.
@@ -144,12 +144,28 @@ def _open_sources(config: DataConfig, threads: int) -> dict[str, RowSource]:
     from image_data.rendered_source import open_rendered
 
     sources: dict[str, RowSource] = {}
-    for name, uri in parse_data(config.data).items():
+    uris = parse_data(config.data)
+    for name, uri in uris.items():
         if uri.scheme == "rendered":
-            sources |= open_rendered(uri, name, threads)
+            if name in ("", "train"):
+                _check_rendered(config, uri)
+            opened = open_rendered(uri, name, threads)
+            sources |= {split: source for split, source in opened.items() if split == name or split not in uris}
         else:
             sources[name] = open_rows(uri)
     return sources
+
+
+def _check_rendered(config: DataConfig, uri: DataUri) -> None:
+    """Options of a division that rendered: does not follow are not silently ignored."""
+    standard = DataConfig()
+    for option in ("class_split", "image_split"):
+        value = getattr(config, option)
+        if value != getattr(standard, option):
+            raise DataError(
+                f"{option}={value} has no effect on {uri.text}, which divides itself. Leave it at "
+                f"{getattr(standard, option)}; the options of rendered: say how many classes and instances it has."
+            )
 
 
 def _fingerprint(config: DataConfig, sources: Mapping[str, RowSource]) -> str:

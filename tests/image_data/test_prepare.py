@@ -178,6 +178,64 @@ def test_bad_image_split(tmp_path, folder):
         make(tmp_path, folder, image_split=(0.8, 0.1, 0.2))
 
 
+# ---- rendered
+
+RENDERED = "rendered:?image_size=32&classes=10&instances=2,1,1&held_out_instances=1&images_per_instance=2"
+
+
+def test_rendered_data_keeps_its_own_splits_and_targets(tmp_path):
+    from image_data.rendered.dataset import parse_options, rendered_rows
+
+    prepared = make(tmp_path, RENDERED)
+    options = parse_options(dict(part.split("=") for part in RENDERED.partition("?")[2].split("&")))
+    assert {name: info.num_images for name, info in prepared.splits.items()} == {
+        "train": 24, "val": 12, "test": 12, "val_classes": 4, "novel_classes": 4
+    }  # fmt: skip
+    for name, info in prepared.splits.items():
+        rendered = {row["name"]: row for row in rendered_rows(options, name)}
+        packed = rows(prepared, name)
+        assert {row["name"].removeprefix(f"{name}/") for row in packed} == set(rendered)
+        for row in packed:
+            expected = rendered[row["name"].removeprefix(f"{name}/")]
+            for column in ("image", "label", "coarse", "mask", "depth", "pose", "instance", "height"):
+                assert row[column] == expected[column], column
+            for column in ("rotation", "box", "landmarks", "depth_scale"):
+                assert np.allclose(np.array(row[column]), np.array(expected[column]), atol=1e-4), column
+            assert info.class_names[row["label"]].split("/")[0] == info.coarse_names[row["coarse"]]
+    assert make(tmp_path, RENDERED).fingerprint != make(tmp_path, RENDERED + "&seed=1").fingerprint
+    assert "from the renderer" in prepared.rule
+
+
+def test_subsets_of_rendered_data_render_only_what_they_need(tmp_path, monkeypatch):
+    from image_data.rendered import dataset
+
+    made = []
+    render = dataset.render
+    monkeypatch.setattr(dataset, "render", lambda *args: made.append(1) or render(*args))
+    prepared = make(tmp_path, RENDERED, subset=SubsetConfig(fraction=0.25))
+    assert prepared.split("train").class_counts == (1,) * 6
+    assert len(made) == sum(info.num_images for info in prepared.splits.values()) == 6 + 12 + 12 + 4 + 4
+
+
+def test_rendered_train_brings_its_own_val_and_test(tmp_path):
+    prepared = make(tmp_path, f"train={RENDERED}")
+    instances = [{row["instance"] for row in rows(prepared, name)} for name in ("train", "val", "test")]
+    assert [len(own) for own in instances] == [12, 6, 6]
+    assert not instances[0] & instances[1] | instances[0] & instances[2] | instances[1] & instances[2]
+    assert list(prepared.splits) == ["train", "val", "test"]
+
+
+@pytest.mark.parametrize("options", [{"class_split": None}, {"image_split": (0.5, 0.3, 0.2)}])
+def test_division_without_effect_on_rendered_data_is_refused(tmp_path, options):
+    with pytest.raises(DataError, match=f"{next(iter(options))}=.* has no effect on rendered:"):
+        make(tmp_path, "rendered:", **options)
+
+
+def test_rendered_has_no_path(tmp_path):
+    with pytest.raises(DataError, match="has no path"):
+        make(tmp_path, "rendered:somewhere")
+
+
 # ---- subsets
 
 
