@@ -143,6 +143,11 @@ def _validate(config: CamtrastConfig, context: MethodContext, method: str) -> No
         raise ValueError(f"cam_warmup_epochs={config.cam_warmup_epochs} is not allowed: it must be at least 0.")
     if config.suppress_to not in get_args(SuppressTo):
         raise ValueError(f"suppress_to={config.suppress_to!r} must be one of: {', '.join(get_args(SuppressTo))}.")
+    if context.feature_map_side == 1:
+        raise ValueError(
+            f"{method} needs a class activation map, but the last feature map of {context.image_size} px images is a "
+            "single location with this backbone and stem. Use larger images or the small stem."
+        )
 
 
 class _Classified(NamedTuple):

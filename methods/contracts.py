@@ -65,6 +65,7 @@ class MethodContext:
         world_size: number of workers.
         image_size: side of the square views in pixels.
         num_micro_steps: forward passes per optimiser step on each worker.
+        feature_map_side: height and width of the backbone's last feature map; 0 where it is not known.
     """
 
     num_classes: int
@@ -73,6 +74,7 @@ class MethodContext:
     world_size: int
     image_size: int
     num_micro_steps: int = 1
+    feature_map_side: int = 0
 
 
 @runtime_checkable

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
+from rich.console import Console
+
 __all__ = [
     "EXIT_INTERRUPTED",
     "EXIT_USAGE",
@@ -82,6 +84,11 @@ def user_errors() -> Iterator[None]:
         width = min(120, max(60, os.get_terminal_size(2).columns if sys.stderr.isatty() else 100))
         print(textwrap.fill(f"error: {error}", width, break_long_words=False), file=sys.stderr)
         sys.exit(EXIT_USAGE)
+
+
+def make_console() -> Console:
+    """The terminal; logs and pipes, which have no width, get room for the tables."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 
 
 def quiet_libraries() -> None:

@@ -57,6 +57,8 @@ DRIVER_DEFAULTS: Final[Mapping[str, str]] = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # Keep CUDA_VISIBLE_DEVICES of tasks without GPUs as it is: Ray's coming default, and no warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # The commands print their own lines; Tune's newer output ignores verbose=0.
+    "RAY_AIR_NEW_OUTPUT": "0",
     # The objective is reported once, at the end of a trial: intermediate reports lack it (rayjobs/tuning.py).
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     # A killed driver loses at most this many seconds of sweep state.

@@ -21,7 +21,7 @@ from evaluation import TASKS, Features, Metric
 from image_data.prepare import DataConfig, prepare
 from image_data.prepared import PreparedData
 from rayjobs.checkpoint import load_config, local_directory
-from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, quiet_libraries, user_errors
+from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, quiet_libraries, user_errors
 from rayjobs.configs import PretrainConfig
 from rayjobs.job import uses_memory
 from rayjobs.record import data_record, git_revision, package_versions
@@ -64,7 +64,7 @@ class EvaluateConfig:
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, evaluate, print, write."""
     quiet_libraries()
-    console = Console(highlight=False)
+    console = make_console()
     config = flat_parse(EvaluateConfig, None, argv, __doc__ or "")
     with user_errors():
         if not config.checkpoint:

@@ -20,7 +20,7 @@ from image_data.prepare import DataConfig, prepare
 from image_data.prepared import PreparedData
 from methods import METHODS, method_spec
 from methods.optimizers import OptimizerConfig
-from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, option_value, quiet_libraries, user_errors
+from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, option_value, quiet_libraries, user_errors
 from rayjobs.configs import PretrainConfig, TrainConfig
 from rayjobs.job import Job, uses_memory, view_recipes
 from rayjobs.places import resolve_output
@@ -51,7 +51,7 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, train, copy the checkpoint, log."""
     quiet_libraries()
-    console = Console(highlight=False)
+    console = make_console()
     arguments = sys.argv[1:] if argv is None else argv
     with user_errors():
         options, config = _parse(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -90,9 +91,9 @@ def trial_config(plan: SweepPlan, sampled: Mapping[str, Any]) -> PretrainConfig:
     return with_parameters(plan.base[method], parameters)
 
 
-def trial_name(sampled: Mapping[str, Any], trial_id: str) -> str:
-    """Readable name of a trial's run."""
-    return f"{sampled.get('method', 'trial')}-{trial_id.split('_')[-1]}"
+def trial_name(method: str, number: int) -> str:
+    """Readable name of the ``number``-th trial's run."""
+    return f"{method}-{number:02d}"
 
 
 class TuneReporter:
@@ -191,7 +192,8 @@ class TrialEvents(tune.Callback):
         return {"_listener": None}  # Tune pickles its callbacks; the listener holds threads and is set again on restore
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._listener.trial_started(trial.trial_id, trial.config.get("point", trial.config))
+        number = 1 + next(i for i, other in enumerate(trials) if other.trial_id == trial.trial_id)
+        self._listener.trial_started(trial.trial_id, number, trial.config.get("point", trial.config))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict, **info: Any) -> None:
         self._listener.trial_reported(trial.trial_id, result)
@@ -217,6 +219,14 @@ def _scheduler(plan: SweepPlan, epochs: int) -> Any:
     )
 
 
+def _sampler(seed: int) -> optuna.samplers.TPESampler:
+    """TPE over the joint space, aware of running trials and of parameters that only some methods have."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
+
+
 def build_tuner(plan: SweepPlan, space: SearchSpace, context: SpaceContext, listener: Any) -> tune.Tuner:
     """A fresh sweep."""
     epochs = next(iter(plan.base.values())).train.epochs
@@ -226,7 +236,7 @@ def build_tuner(plan: SweepPlan, space: SearchSpace, context: SpaceContext, list
         metric="objective",
         mode=plan.direction[:3],
         points_to_evaluate=space.presets(context)[: plan.num_trials] if space.presets else None,
-        sampler=optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=plan.seed),
+        sampler=_sampler(plan.seed),
     )
     return tune.Tuner(
         _trainable(plan),

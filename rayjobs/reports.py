@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from evaluation import TASKS
+
 __all__ = ["mean_interval", "print_report", "save_plots"]
 
 SHOWN = ("temperature", "queue_size", "projector_depth", "learning_rate", "warmup_epochs")
@@ -44,10 +46,10 @@ def _trial_table(results: Mapping[str, Any]) -> Table:
     objective = results["objective"]
     names = _metric_names(results)
     table = Table(title=f"Trials by validation {objective}", title_justify="left")
-    table.add_column("trial")
+    table.add_column("trial", no_wrap=True)
     table.add_column("hyperparameters", overflow="fold")
     for name in names:
-        table.add_column(name.replace("/", "/\n"), justify="right")
+        table.add_column(_heading(name), justify="right", no_wrap=True)
     sign = -1 if results["direction"] == "maximize" else 1
     finished = sorted((t for t in results["trials"] if t["outcome"] == "finished"), key=lambda t: sign * t["objective"])
     for i, trial in enumerate(finished):
@@ -65,16 +67,22 @@ def _trial_table(results: Mapping[str, Any]) -> Table:
 
 
 def _metric_names(results: Mapping[str, Any]) -> list[str]:
-    """All metrics, the objective first."""
-    known = list(results["baseline"][0]["transfer"]["val"]["metrics"])
+    """The tasks' main metrics, the objective first; what else they yield is in MLflow and results.json."""
+    main = {name for spec in TASKS.values() for name in spec.metrics}
+    known = [name for name in results["baseline"][0]["transfer"]["val"]["metrics"] if name in main]
     return [results["objective"], *[name for name in known if name != results["objective"]]]
+
+
+def _heading(name: str) -> str:
+    """A metric's name on as many lines as keep its column narrow."""
+    return name.replace("/", "/\n").replace("_acc", "").replace("way_", "way\n")
 
 
 def _parameters(trial: Mapping[str, Any]) -> str:
     values = trial["sampled"]
     short = {"temperature": "tau", "queue_size": "K", "projector_depth": "depth", "learning_rate": "lr"}
     shown = {short.get(k, "warm-up"): values[k] for k in SHOWN if k in values}
-    return "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+    return " ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
 
 
 def _cell(metric: Mapping[str, Any] | None) -> str:
@@ -88,10 +96,10 @@ def _test_table(results: Mapping[str, Any]) -> Table:
     """Rows: the winner (its own checkpoint), its retrained seeds, random initialisation; on the test split."""
     table = Table(title="Test split: novel classes and held-out images, not seen by any choice above")
     table.title_justify = "left"
-    table.add_column("model")
-    names = [n for n in results["test"]["metrics"]]
+    table.add_column("model", no_wrap=True)
+    names = _metric_names(results)
     for name in names:
-        table.add_column(name.replace("/", "/\n"), justify="right")
+        table.add_column(_heading(name), justify="right", no_wrap=True)
     best = results["best"]
     table.add_row(f"{best['name']} (winner)", *[_cell(results["test"]["metrics"][n]) for n in names], style="bold")
     if results.get("confirm"):

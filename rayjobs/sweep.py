@@ -14,10 +14,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the project folder takes the place of this one on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from rich.console import Console
 
 from image_data.prepare import prepare
-from rayjobs.cli import EXIT_INTERRUPTED, differences, flat_parse, quiet_libraries, user_errors
+from rayjobs.cli import EXIT_INTERRUPTED, differences, flat_parse, make_console, quiet_libraries, user_errors
 from rayjobs.places import resolve_output
 from rayjobs.sweep_config import SweepConfig, prepare_sweep, sweep_defaults
 
@@ -25,7 +24,7 @@ from rayjobs.sweep_config import SweepConfig, prepare_sweep, sweep_defaults
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, run, report."""
     quiet_libraries()
-    console = Console(highlight=False)
+    console = make_console()
     config = flat_parse(SweepConfig, sweep_defaults(), argv, __doc__ or "")
     with user_errors():
         config = _named(config)
@@ -54,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         f"Objective {setup.objective} ({setup.space.direction}d) on validation data; "
         f"{config.num_trials} trials of {settings.epochs} epochs over {', '.join(setup.context.methods)}"
     )
+    for method, reason in setup.left_out.items():
+        console.print(f"[yellow]Left out: {method}.[/yellow] {reason}")
     try:
         run_sweep(setup, data, cluster, console)
     except SweepInterrupted:

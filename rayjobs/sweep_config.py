@@ -65,6 +65,7 @@ class SweepSetup:
     probe: TaskConfigs
     probe_metric: str
     objective: str
+    left_out: dict[str, str]
 
 
 def checked_batch(train: TrainConfig, data: PreparedData) -> None:
@@ -91,7 +92,8 @@ def prepare_sweep(config: SweepConfig, data: PreparedData) -> SweepSetup:
     """Check the whole sweep against the data.
 
     Raises:
-        ValueError: what is wrong, what is allowed, how to fix it.
+        ValueError: what is wrong, what is allowed, how to fix it. A method that cannot run here is an error when the
+            user named it; from a space of many it is left out, and ``left_out`` says why.
     """
     space = search_space(config.space)
     _check_numbers(config)
@@ -103,14 +105,38 @@ def prepare_sweep(config: SweepConfig, data: PreparedData) -> SweepSetup:
         check_tasks(tasks, phase, data)
     probe_metric = objective if task_of(objective) in ("few_shot", "knn") else "knn/top1"
     probe = task_configs([task_of(probe_metric)], num_tasks=PROBE_TASKS)
+    left_out = _unusable(config, space, methods, data)
+    if left_out and (config.methods or len(left_out) == len(methods)):
+        raise ValueError(next(iter(left_out.values())))
+    methods = tuple(m for m in methods if m not in left_out)
+    base = {m: _base(config, space, m) for m in methods}
+    context = _space_context(config, methods, data)
+    return SweepSetup(config, space, context, base, tasks, probe, probe_metric, objective, left_out)
+
+
+def _base(config: SweepConfig, space: SearchSpace, method: str) -> PretrainConfig:
+    return with_parameters(preset(method, config.train, config.data), dict(space.fixed))
+
+
+def _space_context(config: SweepConfig, methods: tuple[str, ...], data: PreparedData) -> SpaceContext:
     info = data.split("train")
-    context = SpaceContext(
-        info.num_images, len(info.class_names), config.train.batch_size, config.train.epochs, methods
-    )
-    base = {m: with_parameters(preset(m, config.train, config.data), dict(space.fixed)) for m in methods}
-    setup = SweepSetup(config, space, context, base, tasks, probe, probe_metric, objective)
-    _check_methods(setup, data)
-    return setup
+    return SpaceContext(info.num_images, len(info.class_names), config.train.batch_size, config.train.epochs, methods)
+
+
+def _unusable(config: SweepConfig, space: SearchSpace, methods: tuple[str, ...], data: PreparedData) -> dict[str, str]:
+    """Method -> why it cannot run with these settings, tried at the settings of its first trial."""
+    info = data.split("train")
+    reasons = {}
+    for method in methods:
+        points = space.presets(_space_context(config, (method,), data)) if space.presets else [{}]
+        run = with_parameters(_base(config, space, method), points[0])
+        view_recipes(run)
+        try:
+            context = method_context(run, len(info.class_names), info.num_images)
+            METHODS[method].method.validate(run.method_config, context)
+        except ValueError as error:
+            reasons[method] = str(error)
+    return reasons
 
 
 def _check_numbers(config: SweepConfig) -> None:
@@ -140,19 +166,6 @@ def _selected(config: SweepConfig, space: SearchSpace) -> tuple[str, ...]:
 def _with_objective(tasks: tuple[str, ...], objective: str) -> list[str]:
     needed = task_of(objective)
     return list(tasks) if needed in tasks else [needed, *tasks]
-
-
-def _check_methods(setup: SweepSetup, data: PreparedData) -> None:
-    """Validate each method at the settings that its first trial will have."""
-    points = setup.space.presets(setup.context) if setup.space.presets else []
-    info = data.split("train")
-    for point in points:
-        parameters = dict(point)
-        method = parameters.pop("method", setup.context.methods[0])
-        config = with_parameters(setup.base[method], parameters)
-        view_recipes(config)
-        context = method_context(config, len(info.class_names), info.num_images)
-        METHODS[method].method.validate(config.method_config, context)
 
 
 def sweep_defaults() -> SweepConfig:

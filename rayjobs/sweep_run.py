@@ -109,6 +109,7 @@ def run_sweep(setup: SweepSetup, data: PreparedData, cluster: ClusterInfo, conso
             "objective": setup.objective,
             "direction": setup.space.direction,
             "rule": data.rule,
+            "left_out": setup.left_out,
             "baseline": baseline,
             "trials": trials,
         }
@@ -177,14 +178,14 @@ def _search(sweep: _Sweep) -> list[dict[str, Any]]:
 def _fit(tuner: Any, plan: SweepPlan, log: TrialLog, expected: int) -> list[dict[str, Any]]:
     """Run Tune and turn its results into plain rows; Tune swallows Ctrl-C, so an incomplete grid means one."""
     grid = tuner.fit()
-    rows = [_row(plan, trial) for trial in grid._experiment_analysis.trials]
+    rows = [_row(plan, trial, i + 1) for i, trial in enumerate(grid._experiment_analysis.trials)]
     if len(rows) < expected or any(row["outcome"] == "unfinished" for row in rows):
         log.interrupted()
         raise KeyboardInterrupt
     return rows
 
 
-def _row(plan: SweepPlan, trial: Any) -> dict[str, Any]:
+def _row(plan: SweepPlan, trial: Any, number: int) -> dict[str, Any]:
     """One trial as plain data."""
     result, sampled = trial.last_result or {}, trial.config.get("point", trial.config)
     config = trial_config(plan, sampled)
@@ -195,7 +196,7 @@ def _row(plan: SweepPlan, trial: Any) -> dict[str, Any]:
         outcome = "finished" if "transfer" in result else "diverged" if result.get("diverged") else "pruned"
     return {
         "trial_id": trial.trial_id,
-        "name": trial_name({"method": "random_init" if config.train.epochs == 0 else config.method}, trial.trial_id),
+        "name": trial_name("random_init" if config.train.epochs == 0 else config.method, number),
         "method": config.method,
         "sampled": dict(sampled),
         "outcome": outcome,

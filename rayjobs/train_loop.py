@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,16 @@ def method_context(config: PretrainConfig, num_classes: int, num_images: int) ->
         world_size=train.num_workers,
         image_size=train.image_size,
         num_micro_steps=train.accumulate,
+        feature_map_side=_feature_map_side(train.backbone, resolve_stem(train), train.image_size),
     )
+
+
+@lru_cache(maxsize=64)
+def _feature_map_side(backbone: str, stem: Literal["imagenet", "small"], image_size: int) -> int:
+    """Side of the last feature map, found without computing: shapes on the meta device."""
+    with torch.device("meta"):
+        module = build_backbone(backbone, stem).eval()
+        return int(module.forward_features(torch.empty(1, 3, image_size, image_size)).shape[-1])
 
 
 def build_method(config: PretrainConfig, context: MethodContext) -> Any:

@@ -82,14 +82,16 @@ class TrialLog:
         self._plan, self._tracker, self._parent, self._console = plan, tracker, parent, console
         self._label, self._total = label, total
         self._runs: dict[str, RunHandle] = {}
+        self._numbers: dict[str, int] = {}
         self._names: dict[str, str] = {}
         self._ended: set[str] = set()
 
-    def trial_started(self, trial_id: str, sampled: Mapping[str, Any]) -> None:
-        """Open (or, after a resume, reopen) the trial's run."""
+    def trial_started(self, trial_id: str, number: int, sampled: Mapping[str, Any]) -> None:
+        """Open (or, after a resume, reopen) the run of the sweep's ``number``-th trial."""
+        self._numbers[trial_id] = number
         config = trial_config(self._plan, sampled)
         is_baseline = config.train.epochs == 0
-        name = trial_name({"method": "random_init" if is_baseline else config.method}, trial_id)
+        name = trial_name("random_init" if is_baseline else config.method, number)
         self._names[trial_id] = name
         run = self._tracker.run(
             name,
@@ -164,8 +166,8 @@ class TrialLog:
         run.remove(staging)
 
     def _say(self, trial_id: str, event: str, text: str) -> None:
-        number = int(trial_id.split("_")[-1]) + 1  # Tune numbers the trials of an experiment from 0
-        head = f"[dim]{self._label} {number:>2}/{self._total}[/dim]  [bold]{self._names[trial_id]:<26}[/bold]"
+        count = f"{self._label} {self._numbers[trial_id]:>2}/{self._total}"
+        head = f"[dim]{count}[/dim]  [bold]{self._names[trial_id]:<20}[/bold]"
         self._console.print(f"{head} {event}  {escape(text)}", highlight=False, soft_wrap=True)
 
 

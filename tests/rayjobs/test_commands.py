@@ -88,7 +88,7 @@ def test_too_few_classes_for_five_way(capsys, tmp_path):
 
 def test_too_few_images_per_class(capsys, tmp_path):
     root = write_images(tmp_path / "tree", 18, 8)
-    fails(capsys, sweep, folder(root), "20 images per class", "min_per_class")
+    fails(capsys, sweep, ["--batch-size", "16", *folder(root)], "20 images per class", "min_per_class")
 
 
 def test_unknown_objective(capsys, image_folder):
@@ -148,3 +148,8 @@ def test_help_names_every_option(capsys, command):
     text = capsys.readouterr().out
     for flag in ("--data", "--seed", "--use-gpu", "--num-workers"):
         assert flag in text
+
+
+def test_a_method_that_cannot_run_is_an_error_when_named(capsys, image_folder):
+    arguments = ["--methods", "camtrast_moco", "--image-size", "32", "--batch-size", "32", *folder(image_folder)]
+    fails(capsys, sweep, arguments, "camtrast_moco", "single location", "small stem")
