@@ -35,7 +35,7 @@ from image_data.blocks import Block, BlockMaker, read_block
 from image_data.contracts import DataError, ImageBatch
 from image_data.stream import num_steps
 from image_data.views import ViewMaker, ViewRecipe
-from image_data.windows import Window, epoch_windows, list_row_groups, window_size
+from image_data.windows import Sizes, Window, epoch_windows, list_row_groups
 
 if TYPE_CHECKING:
     from image_data.prepared import SplitInfo
@@ -97,8 +97,7 @@ def make_train_dataset(
         epoch_windows,
         list_row_groups(split.files),
         seed=seed,
-        size=window_size(split.num_images, split.num_bytes, global_batch),
-        global_batch=global_batch,
+        sizes=Sizes.choose(split.num_images, split.num_bytes, global_batch, shuffle),
         shuffle=shuffle,
         drop_last=drop_last,
     )

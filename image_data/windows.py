@@ -4,12 +4,13 @@ A global permutation needs random access to every image, which row groups of a P
 is
 
 1. the row groups of all shards in a random order of (seed, epoch),
-2. cut into windows of a fixed number of rows (a multiple of the global batch),
-3. each window's rows permuted by (seed, epoch, window), then cut into batches.
+2. cut into pools of a fixed number of rows (a multiple of the global batch), each permuted by (seed, epoch, pool); a
+   split of less than a pool is thus permuted as a whole,
+3. each pool cut into windows, one per task, and these into batches.
 
 So the order depends on (seed, epoch, global batch size) and on the packed shards, and not on the number of workers or
 on which task reads what. The rows of the shards are already shuffled over the whole split when they are written, so a
-window is a random sample of it.
+pool is a random sample of it.
 """
 
 from __future__ import annotations
@@ -27,18 +28,20 @@ from image_data.uri import Files
 __all__ = [
     "Piece",
     "RowGroup",
+    "Sizes",
     "Window",
     "epoch_windows",
     "list_row_groups",
     "open_shard",
     "read_window",
-    "window_size",
 ]
 
-# A window is one task: large enough to mix images and to hide a task's overhead (about 10 ms), small enough that the
-# first batch comes soon and that a task's encoded bytes stay far below a core's share of the memory.
-WINDOW_ROWS = 2048
-WINDOW_BYTES = 64 * 2**20
+# A pool is read by every task that works on it: its bytes bound a task's memory and the bytes read per image.
+POOL_ROWS = 8192
+POOL_BYTES = 64 * 2**20
+# A task: large enough to hide its overhead of about 10 ms, small enough that many can work on one epoch.
+TASK_ROWS = 2048
+MIN_TASKS = 16  # of an epoch, where the batches allow it
 _GROUP_ORDER, _ROW_ORDER = 1, 2  # keep the two kinds of draws of one (seed, epoch) apart
 
 
@@ -63,21 +66,57 @@ class Piece:
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive rows of an epoch that one task reads and permutes.
+    """Consecutive rows of an epoch, delivered by one task.
 
     Attributes:
         epoch: the epoch.
         first_row: position of its first row in the epoch.
-        num_rows: rows that it delivers; fewer than its pieces hold where the epoch's incomplete last batch is dropped.
-        pieces: the rows it is made of, in the order of storage.
-        shuffle_seed: seed of the permutation; empty keeps the order of storage.
+        num_rows: rows that it delivers.
+        pieces: the rows of its pool, in the order of storage.
+        first_in_pool: position of its first row in the permuted pool.
+        shuffle_seed: seed of the pool's permutation; empty keeps the order of storage.
     """
 
     epoch: int
     first_row: int
     num_rows: int
     pieces: tuple[Piece, ...]
+    first_in_pool: int
     shuffle_seed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How an epoch is cut, in rows.
+
+    Attributes:
+        global_batch: batch size times number of workers.
+        pool: rows that are permuted together, a multiple of the global batch.
+        window: rows of a task, likewise.
+    """
+
+    global_batch: int
+    pool: int
+    window: int
+
+    @classmethod
+    def choose(cls, num_images: int, num_bytes: int, global_batch: int, shuffle: bool = True) -> Sizes:
+        """The multiples of the global batch nearest to what the constants of this module allow.
+
+        Args:
+            num_images: images of the split.
+            num_bytes: their encoded bytes.
+            global_batch: batch size times number of workers.
+            shuffle: without it a pool is one window.
+        """
+
+        def multiple(rows: int) -> int:
+            return max(1, round(rows / global_batch)) * global_batch
+
+        bytes_per_image = max(1, num_bytes // max(1, num_images))
+        pool = multiple(min(POOL_ROWS, POOL_BYTES // bytes_per_image))
+        window = min(pool, multiple(min(TASK_ROWS, num_images // MIN_TASKS)))
+        return cls(global_batch, pool if shuffle else window, window)
 
 
 def list_row_groups(files: Sequence[str]) -> tuple[RowGroup, ...]:
@@ -90,28 +129,8 @@ def list_row_groups(files: Sequence[str]) -> tuple[RowGroup, ...]:
     return tuple(group for group in groups if group.num_rows > 0)
 
 
-def window_size(num_images: int, num_bytes: int, global_batch: int) -> int:
-    """Rows of a window: the multiple of the global batch nearest to what ``WINDOW_ROWS`` and ``WINDOW_BYTES`` allow.
-
-    Args:
-        num_images: images of the split.
-        num_bytes: their encoded bytes.
-        global_batch: batch size times number of workers.
-    """
-    bytes_per_image = max(1, num_bytes // max(1, num_images))
-    rows = min(WINDOW_ROWS, WINDOW_BYTES // bytes_per_image)
-    return max(1, round(rows / global_batch)) * global_batch
-
-
 def epoch_windows(
-    groups: Sequence[RowGroup],
-    epoch: int,
-    *,
-    seed: int,
-    size: int,
-    global_batch: int,
-    shuffle: bool = True,
-    drop_last: bool = True,
+    groups: Sequence[RowGroup], epoch: int, *, seed: int, sizes: Sizes, shuffle: bool = True, drop_last: bool = True
 ) -> list[Window]:
     """Cut one epoch into windows; together they hold every row exactly once, less the dropped incomplete batch.
 
@@ -119,8 +138,7 @@ def epoch_windows(
         groups: the row groups of the split, in the order of storage.
         epoch: which epoch.
         seed: of the run.
-        size: rows of a window, a multiple of ``global_batch``.
-        global_batch: batch size times number of workers.
+        sizes: of pools and windows.
         shuffle: False keeps the order of storage.
         drop_last: leave out the last, incomplete global batch.
     """
@@ -129,31 +147,28 @@ def epoch_windows(
         groups = [groups[i] for i in order]
     ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
-    usable = total - total % global_batch if drop_last else total
+    usable = total - total % sizes.global_batch if drop_last else total
     windows = []
-    for number, first in enumerate(range(0, usable, size)):
-        last = min(first + size, total)
-        windows.append(
-            Window(
-                epoch=epoch,
-                first_row=first,
-                num_rows=min(size, usable - first),
-                pieces=_pieces(groups, ends, first, last),
-                shuffle_seed=(seed, epoch, _ROW_ORDER, number) if shuffle else (),
-            )
-        )
+    for number, pool in enumerate(range(0, usable, sizes.pool)):
+        pieces = _pieces(groups, ends, pool, min(pool + sizes.pool, total))
+        shuffle_seed = (seed, epoch, _ROW_ORDER, number) if shuffle else ()
+        end = min(pool + sizes.pool, usable)
+        for first in range(pool, end, sizes.window):
+            num_rows = min(sizes.window, end - first)
+            windows.append(Window(epoch, first, num_rows, pieces, first - pool, shuffle_seed))
     return windows
 
 
 def read_window(window: Window, columns: Sequence[str]) -> tuple[pa.Table, np.ndarray]:
-    """Read the rows of a window.
+    """Read the pool of a window.
 
     Args:
         window: which.
         columns: names of the columns to read.
 
     Returns:
-        The table in the order of storage, and int64 (num_rows,): the row of the table to deliver at each position.
+        The pool as a table in the order of storage, and int64 (num_rows,): which row the window delivers at each
+        position.
     """
     parts = []
     for piece in window.pieces:
@@ -161,9 +176,10 @@ def read_window(window: Window, columns: Sequence[str]) -> tuple[pa.Table, np.nd
             rows = shard.read_row_group(piece.group, columns=list(columns), use_threads=False)
         parts.append(rows.slice(piece.start, piece.stop - piece.start))
     table = pa.concat_tables(parts)
-    if not window.shuffle_seed:
-        return table, np.arange(window.num_rows)
-    return table, np.random.default_rng(window.shuffle_seed).permutation(table.num_rows)[: window.num_rows]
+    order = np.arange(table.num_rows)
+    if window.shuffle_seed:
+        order = np.random.default_rng(window.shuffle_seed).permutation(table.num_rows)
+    return table, order[window.first_in_pool : window.first_in_pool + window.num_rows]
 
 
 def _pieces(groups: Sequence[RowGroup], ends: np.ndarray, first: int, last: int) -> tuple[Piece, ...]:

@@ -16,7 +16,7 @@ from image_data.contracts import IMAGENET_MEAN, IMAGENET_STD, DataError, ImageBa
 from image_data.store import DecodedStore
 from image_data.stream import MemoryStream, Prefetcher, num_steps, to_device
 from image_data.views import RECIPES, ViewMaker
-from image_data.windows import epoch_windows, list_row_groups, read_window, window_size
+from image_data.windows import Sizes, epoch_windows, list_row_groups, read_window
 from tests.packed import write_split
 
 NUM_IMAGES = 110
@@ -239,9 +239,11 @@ def test_to_device_owns_its_memory(store):
     assert batch.labels.any()
 
 
-def windows_of(split, epoch: int, **settings):
-    groups = list_row_groups(split.files)
-    return epoch_windows(groups, epoch, **{"seed": 3, "size": 48, "global_batch": 24} | settings)
+SIZES = Sizes(global_batch=12, pool=48, window=24)
+
+
+def windows_of(split, epoch: int, sizes: Sizes = SIZES, **settings):
+    return epoch_windows(list_row_groups(split.files), epoch, sizes=sizes, **{"seed": 3} | settings)
 
 
 def index_of(window) -> np.ndarray:
@@ -253,7 +255,7 @@ def test_windows_hold_each_image_at_most_once_and_reshuffle(packed):
     split = packed[0]
     orders = [np.concatenate([index_of(w) for w in windows_of(split, e)]) for e in (0, 1, 0)]
     for order in orders:
-        assert len(np.unique(order)) == len(order) == 96, "four global batches of 24 out of 110 images"
+        assert len(np.unique(order)) == len(order) == 108, "nine global batches of 12 out of 110 images"
     np.testing.assert_array_equal(orders[0], orders[2])
     assert not np.array_equal(orders[0], orders[1])
     dropped = [set(range(NUM_IMAGES)) - set(order.tolist()) for order in orders[:2]]
@@ -261,18 +263,28 @@ def test_windows_hold_each_image_at_most_once_and_reshuffle(packed):
 
 
 def test_windows_are_aligned_to_global_batches(packed):
+    position = 0
     for window in windows_of(packed[0], 0):
-        assert window.first_row % 48 == 0
-        assert window.num_rows % 24 == 0
-        rows = sum(piece.stop - piece.start for piece in window.pieces)
-        assert rows >= window.num_rows
+        assert window.first_row == position
+        assert window.num_rows % 12 == 0
+        position += window.num_rows
+    assert position == 108
 
 
-def test_windows_mix_rows_across_a_window(packed):
-    first = windows_of(packed[0], 0)[0]
-    in_storage_order = np.sort(index_of(first))
-    assert not np.array_equal(index_of(first), in_storage_order)
-    assert np.ptp(index_of(first)[:24]) > 24, "one batch draws from several row groups"
+def test_a_pool_is_permuted_as_a_whole(packed):
+    first, second = windows_of(packed[0], 0)[:2]
+    assert first.pieces == second.pieces, "both windows read the same pool"
+    pool = np.concatenate([index_of(first), index_of(second)])
+    assert len(np.unique(pool)) == 48
+    assert not np.array_equal(pool, np.sort(pool))
+    assert len(set(pool[:12] // 16)) >= 3, "one batch draws from several row groups of the pool"
+
+
+def test_a_small_split_is_permuted_globally(packed):
+    sizes = Sizes.choose(NUM_IMAGES, packed[0].num_bytes, global_batch=10)
+    assert sizes.pool >= NUM_IMAGES
+    first = index_of(windows_of(packed[0], 0, sizes)[0])
+    assert np.ptp(first[:10]) > 60
 
 
 def test_unshuffled_windows_keep_the_order_of_storage(packed):
@@ -280,28 +292,30 @@ def test_unshuffled_windows_keep_the_order_of_storage(packed):
     np.testing.assert_array_equal(np.concatenate([index_of(w) for w in windows]), np.arange(NUM_IMAGES))
 
 
-def test_window_size_is_a_multiple_of_the_global_batch():
-    assert window_size(10_000, 10_000 * 3_000, 256) == 2048
-    assert window_size(1_300_000, 1_300_000 * 110_000, 256) == 512, "64 MiB of large images"
-    assert window_size(1_300_000, 1_300_000 * 110_000, 4096) == 4096
+def test_sizes_are_multiples_of_the_global_batch():
+    assert Sizes.choose(100_000, 100_000 * 3_000, 256) == Sizes(256, 8192, 2048)
+    assert Sizes.choose(1_300_000, 1_300_000 * 110_000, 256) == Sizes(256, 512, 512), "64 MiB of large images"
+    assert Sizes.choose(1_300_000, 1_300_000 * 110_000, 4096) == Sizes(4096, 4096, 4096), "at least one global batch"
+    assert Sizes.choose(3_000, 3_000 * 3_000, 64) == Sizes(64, 8192, 192), "a small split still gives many tasks"
+    assert Sizes.choose(3_000, 3_000 * 3_000, 64, shuffle=False) == Sizes(64, 192, 192)
 
 
 def test_blocks_hold_the_pixels_of_the_memory_stream(packed, store):
     """The same (seed, epoch, index) gives the same pixels, whichever stream made them."""
-    maker = BlockMaker(ViewMaker(VIEWS, 16, seed=3), batch_size=8)
+    maker = BlockMaker(ViewMaker(VIEWS, 16, seed=3), batch_size=6)
     reference = {int(i): b.views[1][k] for b in make_stream(store).epoch(1) for k, i in enumerate(b.index)}
     number = 0
     for window in windows_of(packed[0], 1):
         for table in maker.blocks(window, epochs_left=4):
             block = read_block(table, (16, 16))
             assert (block.number, block.epochs_left, block.batch.epoch) == (number, 4, 1)
-            assert table.num_rows == 8
+            assert table.num_rows == 6
             np.testing.assert_array_equal(block.batch.labels, packed[2][block.batch.index])
             for k, index in enumerate(block.batch.index):
                 if int(index) in reference:
                     np.testing.assert_array_equal(block.batch.views[1][k], reference[int(index)])
             number += 1
-    assert number == 12
+    assert number == 18
 
 
 def test_blocks_decode_in_pieces_without_a_difference(packed, monkeypatch):
