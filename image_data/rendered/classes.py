@@ -76,7 +76,7 @@ def class_split(num_classes: int = len(CLASS_NAMES)) -> dict[str, tuple[int, ...
     if not len(COARSE_NAMES) <= num_classes <= most:
         raise DataError(f"rendered: classes={num_classes} is not possible; give a number from 10 to {most}")
     base, val, novel = _pools()
-    held_out = num_classes // 5
+    held_out = (num_classes + 2) // 5  # the nearest integer to a fifth; at most 36 are left for base
     counts = {"base": num_classes - 2 * held_out, "val_classes": held_out, "novel_classes": held_out}
     pools = {"base": base, "val_classes": val[::-1], "novel_classes": novel[::-1]}
     return {name: tuple(sorted(pools[name][:count])) for name, count in counts.items()}

@@ -42,8 +42,11 @@ class Draws:
         return Draws(self._state, word)
 
     def _next(self) -> int:
-        self._state = (self._state + 0x9E3779B97F4A7C15) & _MASK
-        return _mix(self._state)
+        """``_mix`` of the next state, written out: a third of the Python time of an image is spent here."""
+        self._state = state = (self._state + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        return state ^ (state >> 31)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         """A number in [low, high) with 53 random bits."""
