@@ -78,6 +78,14 @@ def test_metrics_and_normalisation() -> None:
     assert "L2-normalised" in entropy.protocol(EntropyConfig(normalize=True), "val")["features"]
 
 
+def test_few_images_bound_the_entropy_by_their_number() -> None:
+    """N images span N - 1 directions around their mean."""
+    few = Features(np.eye(5, 40, dtype=np.float32), np.zeros(5, np.int64), ("a",))
+    h_r, bound = entropy.evaluate(EntropyConfig(), context_of({"train": few}, "val"))
+    assert bound.value == pytest.approx(math.log(4))
+    assert h_r.value == pytest.approx(bound.value, abs=1e-9)
+
+
 def test_collapsed_features_are_zero_with_a_warning() -> None:
     features = Features(np.full((5, 3), 0.1, np.float32), np.zeros(5, np.int64), ("a",))
     with pytest.warns(RuntimeWarning, match="collapsed"):
