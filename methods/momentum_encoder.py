@@ -47,7 +47,7 @@ class MomentumEncoder(nn.Module):
             online: the module that was copied.
             momentum: m in [0, 1]; 1 never moves.
         """
-        # The lists are built at each call (0.2 ms for ResNet-50): a stored one would go stale silently when weights
+        # The lists are built at each call (under 1 ms for ResNet-50): a stored one would go stale silently when weights
         # are replaced, for example by load_state_dict(assign=True) or a deep copy.
         copies: list[Tensor] = list(self.module.parameters())
         sources: list[Tensor] = list(online.parameters())
@@ -89,7 +89,8 @@ class KeyEncoder(nn.Module):
 
     Attributes:
         shuffle_seed: int64 (), source of all ShuffleBN permutations of the run. Drawn from the global generator like
-            initial weights; DDP shares rank 0's. A buffer, so that a resumed run continues the same permutations.
+            initial weights, so workers start with the same seed (permutations are rank 0's in any case). A buffer, so
+            that a resumed run continues the same permutations.
     """
 
     shuffle_seed: Tensor

@@ -39,7 +39,7 @@ def run_processes(fn: Callable[..., Any], world_size: int, tmp_path: Path, *args
     """
     folder = tmp_path / uuid.uuid4().hex
     folder.mkdir(parents=True)
-    # Forked from a server that has imported torch once: clean processes without seconds of imports in each test.
-    mp.get_context("forkserver").set_forkserver_preload(["torch", "torch.distributed", "methods"])
+    # Forked from a server that imports once what takes seconds (DDP needs torch._dynamo): clean but cheap processes.
+    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "methods"])
     mp.start_processes(_worker, (fn, world_size, str(folder), args), nprocs=world_size, start_method="forkserver")
     return [torch.load(folder / f"result_{rank}.pt", weights_only=True) for rank in range(world_size)]

@@ -102,7 +102,7 @@ def train(run: Run, method: nn.Module, steps: range, learning_rate: float = 0.5)
         state with running statistics averaged over workers.
     """
     world_size, count = collectives.world_size(), run.num_micro_steps
-    wrapped = DistributedDataParallel(method, broadcast_buffers=False) if world_size > 1 else method
+    wrapped = DistributedDataParallel(method, forward_sync_buffers=False) if world_size > 1 else method
     size = GLOBAL_BATCH // world_size // count
     losses, metrics = [], []
     for step in steps:

@@ -153,7 +153,7 @@ def test_one_fully_masked_query_among_others():
 
 
 def test_extreme_temperature_stays_finite_and_exact():
-    """Opposite vectors at tau = 0.002: logits of +-500 overflow exp even in float32's best shift by 1 / tau."""
+    """Opposite vectors at tau = 0.002: a fixed shift of the logits by 1 / tau = 500 would underflow."""
     q = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).requires_grad_()
     k = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
     queue = torch.tensor([[-1.0, 0.0]] * 60 + [[0.0, 1.0]] * 2)
