@@ -165,28 +165,37 @@ class TimmBackbone(nn.Module):
     """A timm model that ends in a feature map (convolutional networks), without its classifier.
 
     It keeps timm's own stem and initialisation. ``forward`` is the plain average of the map, whatever pooling the
-    model itself uses, because class activation maps and dense tasks rest on that identity.
+    model itself uses, because class activation maps and dense tasks rest on that identity. Parameters that the map
+    does not depend on (a norm in the head) are frozen: they would wait for gradients that never come.
     """
 
     def __init__(self, name: str, model: Any) -> None:
         super().__init__()
         self.model = model
         self.num_features = int(model.num_features)
-        side = 64
+        size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 64, 64))
         was_training = model.training
-        with torch.no_grad():
-            features = model.eval().forward_features(torch.zeros(1, 3, side, side))
+        features = model.eval().forward_features(torch.zeros(1, *size))
         model.train(was_training)
         if features.dim() != 4 or features.shape[1] != self.num_features:
             raise ValueError(
-                f"timm model {name!r} gives features of shape {tuple(features.shape)} for one {side} px image, but a "
-                "backbone must give a map (B, C, h, w). Choose a convolutional network, e.g. timm:convnext_atto."
+                f"timm model {name!r} gives features of shape {tuple(features.shape)} for one {size[1]} px image, but "
+                "a backbone must give a map (B, C, h, w). Choose a convolutional network, e.g. timm:convnext_atto."
             )
+        parameters = list(model.parameters())
+        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
+        self._stage_names = [
+            child_name
+            for child_name, child in model.named_children()
+            if any(p.requires_grad for p in child.parameters())
+        ]
 
     @property
     def stages(self) -> list[nn.Module]:
-        """The model's top-level modules that hold parameters, in order (timm has no common notion of a stage)."""
-        return [child for child in self.model.children() if any(True for _ in child.parameters())]
+        """The top-level modules that the map depends on, in order (timm has no common notion of a stage)."""
+        return [self.model.get_submodule(name) for name in self._stage_names]
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.model.forward_features(x)

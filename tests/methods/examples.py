@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from methods.collectives import all_reduce_mean, rank, world_size
 from methods.contracts import Batch, MethodContext, Progress
@@ -62,7 +63,7 @@ def share(batch: Batch) -> Batch:
 
 
 def train_steps(build: Callable[[MethodContext], Any], num_views: int, num_steps: int = 2) -> dict[str, Any]:
-    """SGD steps on global batches shared by all workers, gradients averaged as DDP does.
+    """SGD steps on global batches shared by all workers, under DDP when there are several.
 
     Args:
         build: makes the method for a context; called after seeding, in float64.
@@ -74,16 +75,18 @@ def train_steps(build: Callable[[MethodContext], Any], num_views: int, num_steps
     """
     torch.manual_seed(0)
     method = build(make_context(world_size=world_size())).double().train()
-    losses, gradients = [], {}
+    wrapped = method
+    if world_size() > 1:
+        unused = getattr(method, "has_unused_parameters", False)
+        wrapped = DistributedDataParallel(method, forward_sync_buffers=False, find_unused_parameters=unused)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1, momentum=0.5)
+    losses = []
     for step in range(num_steps):
-        method.zero_grad()
-        loss = method(share(make_batch(num_views, seed=step)), progress(step)).loss
+        loss = wrapped(share(make_batch(num_views, seed=step)), progress(step)).loss
+        optimizer.zero_grad()
         loss.backward()
-        losses.append(all_reduce_mean(loss.detach()))
-        named = {name: p for name, p in method.named_parameters() if p.grad is not None}
-        gradients = {name: all_reduce_mean(p.grad) for name, p in named.items()}
-        with torch.no_grad():
-            for name, p in named.items():
-                p -= 0.1 * gradients[name]
+        optimizer.step()
         method.after_step(progress(step))
+        losses.append(all_reduce_mean(loss.detach()))
+    gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     return {"losses": torch.stack(losses), "gradients": gradients}

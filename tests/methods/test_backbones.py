@@ -148,6 +148,7 @@ class _FakeTimmModel(nn.Module):
     def __init__(self, is_map: bool) -> None:
         super().__init__()
         self.stem, self.act, self.body = nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.Conv2d(4, 5, 1)
+        self.head = nn.LayerNorm(5)  # as in ConvNeXt: not part of the feature map
         self.is_map = is_map
 
     def forward_features(self, x):
@@ -167,7 +168,9 @@ def test_timm_models_follow_the_contract_or_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", _fake_timm())
     backbone = build_backbone("timm:conv")
     assert isinstance(backbone, Backbone)
-    assert len(backbone.stages) == 2
+    assert backbone.stages == [backbone.model.stem, backbone.model.body]
+    assert not any(p.requires_grad for p in backbone.model.head.parameters())
+    assert all(p.requires_grad for stage in backbone.stages for p in stage.parameters())
     assert backbone.training
     x = _images(32)
     torch.testing.assert_close(backbone(x), backbone.forward_features(x).mean((2, 3)))

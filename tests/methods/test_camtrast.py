@@ -307,6 +307,7 @@ class _OnePixel(TinyBackbone):
         (CamtrastMoCo, replace(MOCO, temperature=0.0), {}, "temperature"),
         (CamtrastMoCo, replace(MOCO, cam_warmup_epochs=-1), {}, "cam_warmup_epochs=-1"),
         (CamtrastSimSiam, replace(SIMSIAM, projector_dim=0), {}, "at least 1"),
+        (CamtrastSimSiam, SIMSIAM, {"feature_map_side": 1}, "Use larger images or the small stem"),
         (CamtrastSimSiam, SIMSIAM, {"num_classes": 1}, "at least 2 classes"),
         (CamtrastSimSiam, replace(SIMSIAM, suppress_to="white"), {}, "mean_color, black"),
     ],
