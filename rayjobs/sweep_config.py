@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from dataclasses import dataclass, field
 
@@ -41,7 +40,7 @@ class SweepConfig:
 
     space: str = "transfer"
     methods: tuple[str, ...] = ()
-    num_trials: int = 12
+    num_trials: int = 10
     objective: str = ""
     tasks: tuple[str, ...] = ()
     prune: bool = True
@@ -170,5 +169,5 @@ def _with_objective(tasks: tuple[str, ...], objective: str) -> list[str]:
 
 def sweep_defaults() -> SweepConfig:
     """Defaults of the command: a sweep of minutes on two CPU cores."""
-    train = dataclasses.replace(TrainConfig(), image_size=32, stem="imagenet", batch_size=64, epochs=8)
+    train = TrainConfig(backbone="resnet9", stem="imagenet", image_size=32, batch_size=64, epochs=6)
     return SweepConfig(train=train)

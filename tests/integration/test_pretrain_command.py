@@ -1,0 +1,71 @@
+"""Pretraining with two workers: a killed worker changes nothing, both streams work, the result can be evaluated."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import psutil
+import pytest
+
+from tests.integration.commands import TINY, environment, run, start, wait_for
+from tests.rayjobs.conftest import write_images
+
+pytestmark = pytest.mark.cluster
+
+BASE = ["--method", "exemplar_v2", "--queue-size", "64", "--num-workers", "2", "--cpus-per-worker", "1", *TINY]
+BASE += ["--checkpoint-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images") / "tree")
+
+
+def workers_of(driver: int) -> list[psutil.Process]:
+    """Train workers of the driver's private cluster."""
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("stream", ["memory", "ray"])
+def test_worker_killed_mid_run_gives_the_same_weights(stream, images, tmp_path):
+    variables = environment(tmp_path)
+    arguments = [*BASE, "--data", f"folder:{images}", "--stream", stream, "--epochs", "6"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run("pretrain", [*arguments, "--output", str(whole)], variables, tmp_path / "whole.log")
+    log = tmp_path / "killed.log"
+    process = start("pretrain", [*arguments, "--output", str(killed)], variables, log)
+    wait_for((killed / "train" / "epoch_00002").exists, process, log)
+    victims = workers_of(process.pid)
+    assert len(victims) >= 2, log.read_text()
+    victims[-1].send_signal(signal.SIGKILL)
+    assert process.wait(300) == 0, log.read_text()[-5000:]
+    name = "backbone.safetensors"
+    assert (whole / name).read_bytes() == (killed / name).read_bytes()
+
+
+def test_evaluate_writes_metrics_protocol_and_record(images, tmp_path):
+    variables = environment(tmp_path)
+    data = ["--data", f"folder:{images}", *TINY]
+    random = ["--method", "moco_v2", *data, "--epochs", "0", "--output", str(tmp_path / "random")]
+    run("pretrain", random, variables, tmp_path / "pretrain.log")
+    arguments = ["--checkpoint", str(tmp_path / "random"), "--json"]
+    run("evaluate", [*arguments, str(tmp_path / "memory.json")], variables, tmp_path / "evaluate.log")
+    streamed = [*arguments, str(tmp_path / "ray.json"), "--stream", "ray", "--tasks", "few_shot", "knn"]
+    run("evaluate", streamed, variables, tmp_path / "streamed.log")
+    result, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("memory", "ray"))
+    assert set(result) == {"metrics", "protocol", "record"}
+    names = {"linear/top1", "knn/top1", "few_shot/5way_1shot_acc", "few_shot/5way_5shot_acc", "entropy/h_r"}
+    assert names | {"uniformity/normalized", "uniformity/raw"} <= set(result["metrics"])
+    assert set(result["metrics"]["knn/top1"]) == {"value", "ci95", "n"}
+    assert result["protocol"]["few_shot"]["split"] == "novel_classes"
+    assert result["record"]["data"]["rule"]
+    for name, metric in other["metrics"].items():
+        assert metric["value"] == pytest.approx(result["metrics"][name]["value"], abs=0.5), name

@@ -1,0 +1,118 @@
+"""Whole sweeps: submitted as a job, killed and resumed, on several nodes, and on nodes that the sweep makes appear."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.commands import TINY, environment, mlflow_runs, results_of, run, start, wait_for
+from tests.integration.fake_autoscaler import NodeType, autoscaling_cluster
+from tests.integration.heads import ROOT, running_head
+from tests.rayjobs.conftest import write_images
+
+pytestmark = pytest.mark.cluster
+
+TASKS = ["--tasks", "few_shot", "knn"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images") / "tree")
+
+
+def options(images: Path, folder: Path, name: str, *more: str) -> list[str]:
+    return ["--data", f"folder:{images}", *TINY, *TASKS, "--name", name, "--output", str(folder / "results"), *more]
+
+
+def test_submitted_job_runs_a_sweep_and_confirms_the_winner(images, tmp_path):
+    arguments = options(images, tmp_path, "job", "--methods", "supervised", "moco_v2", "--num-trials", "3")
+    arguments += ["--epochs", "2", "--confirm", "2"]
+    own = environment(tmp_path)
+    with running_head(num_cpus=2, environment=own) as head:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.dashboard]
+        command += ["--working-dir", str(ROOT), "--", "python", "rayjobs/sweep.py", *arguments]
+        done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    results = results_of(tmp_path / "results" / "job")
+    assert len(results["trials"]) == 3
+    assert {t["method"] for t in results["trials"]} == {"supervised", "moco_v2"}
+    assert results["best"]["outcome"] == "finished"
+    assert results["best"]["objective"] == max(t["objective"] for t in results["trials"] if t["objective"] is not None)
+    assert len(results["baseline"]) == len(results["confirm"]) == 2
+    assert all(row["transfer"]["test"]["metrics"]["few_shot/5way_5shot_acc"]["n"] == 600 for row in results["confirm"])
+    assert {row["config"]["train"]["seed"] for row in results["confirm"]} == {1000, 1001}
+    for words in ("Trials by validation", "Test split", "random init, 2 seeds"):
+        assert words in done.stdout
+    check_mlflow(tmp_path, results)
+
+
+def check_mlflow(folder: Path, results: dict) -> None:
+    runs = mlflow_runs(folder, results["name"])
+    parent = next(r for r in runs if r.data.tags["kind"] == "sweep")
+    children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    kinds = [r.data.tags["kind"] for r in children]
+    assert (kinds.count("trial"), kinds.count("baseline"), kinds.count("confirm")) == (3, 2, 2)
+    status = {"finished": "FINISHED", "pruned": "KILLED", "crashed": "FAILED", "diverged": "FAILED"}
+    outcomes = {t["trial_id"]: t["outcome"] for t in results["trials"]}
+    for child in children:
+        if child.data.tags["kind"] == "trial":
+            assert child.info.status == status[outcomes[child.data.tags["trial_id"]]]
+    best = next(r for r in children if r.data.tags["trial_id"] == results["best"]["trial_id"])
+    assert best.data.metrics["few_shot/5way_5shot_acc"] == results["best"]["objective"]
+    assert {"images_per_second", "data_wait_percent", "pretext/loss"} <= set(best.data.metrics)
+    assert best.data.params["batch_size"] == "32"
+    assert parent.info.status == "FINISHED"
+    assert "test/few_shot/5way_5shot_acc" in parent.data.metrics
+    assert not any(name.startswith("test/") for name in best.data.metrics), "a trial must not see test data"
+
+
+def test_killed_driver_resumes_without_repeating_finished_trials(images, tmp_path):
+    arguments = options(images, tmp_path, "killed", "--methods", "supervised", "--num-trials", "4", "--epochs", "2")
+    arguments += ["--no-prune"]
+    log = tmp_path / "first.log"
+    process = start("sweep", arguments, environment(tmp_path), log)
+    wait_for(lambda: len(re.findall(r"trial +\d+/4 .*finished", log.read_text())) >= 1, process, log)
+    process.kill()
+    process.wait()
+    before = {r.data.tags["trial_id"]: r for r in mlflow_runs(tmp_path, "killed") if r.info.status == "FINISHED"}
+    resumed = ["--resume", "--name", "killed", "--output", str(tmp_path / "results")]
+    text = run("sweep", resumed, environment(tmp_path), tmp_path / "second.log")
+    results = results_of(tmp_path / "results" / "killed")
+    assert [t["outcome"] for t in results["trials"]] == ["finished"] * 4
+    runs = [r for r in mlflow_runs(tmp_path, "killed") if r.data.tags["kind"] == "trial"]
+    assert len(runs) == 4, "a resumed trial continues its own run"
+    assert all(r.info.status == "FINISHED" for r in runs)
+    kept = [r for r in runs if r.data.tags["trial_id"] in before]
+    assert kept
+    for after in kept:
+        assert after.info.end_time == before[after.data.tags["trial_id"]].info.end_time
+    assert "baseline" not in text.split("Objective")[1].split("Trials by")[0], "the baseline is not repeated"
+
+
+def test_interrupted_sweep_says_how_to_resume(images, tmp_path):
+    import signal
+
+    arguments = options(images, tmp_path, "stopped", "--methods", "supervised", "--num-trials", "3", "--epochs", "40")
+    log = tmp_path / "log"
+    process = start("sweep", arguments, environment(tmp_path), log)
+    wait_for(lambda: re.search(r"trial .*epoch 1", log.read_text()), process, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130, log.read_text()[-3000:]
+    assert "--resume --name stopped" in log.read_text()
+    assert {r.info.status for r in mlflow_runs(tmp_path, "stopped")} <= {"KILLED", "FINISHED"}
+
+
+def test_sweep_on_nodes_that_its_own_demand_adds(images, tmp_path):
+    """Head without CPUs; trials of two workers each need two one-CPU nodes, which the autoscaler starts."""
+    arguments = options(images, tmp_path, "grown", "--methods", "simsiam", "--num-trials", "1", "--epochs", "1")
+    arguments += ["--num-workers", "2"]
+    with autoscaling_cluster({"train": NodeType({"CPU": 1}, max_workers=2)}) as head:
+        variables = environment(tmp_path, RAY_ADDRESS=head.address)
+        text = run("sweep", arguments, variables, tmp_path / "log")
+    results = results_of(tmp_path / "results" / "grown")
+    assert [t["outcome"] for t in results["trials"]] == ["finished"], text[-3000:]
+    assert results["best"]["config"]["train"]["num_workers"] == 2
