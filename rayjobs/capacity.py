@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "full_size",
     "head_resource",
     "max_concurrent_trials",
+    "role_selector",
     "worker_slots",
 ]
 
@@ -28,10 +29,11 @@ HEAD_RESOURCE: Final = "node:__internal_head__"
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """``count`` nodes that each offer ``resources`` (Ray's names: CPU, GPU, ...)."""
+    """``count`` nodes that each offer ``resources`` (Ray's names: CPU, GPU, ...) and carry ``labels``."""
 
     resources: Mapping[str, float]
     count: int = 1
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,15 @@ def max_concurrent_trials(info: ClusterInfo, num_workers: int, resources_per_wor
     return max(1, worker_slots(info.largest, resources_per_worker) // max(1, num_workers))
 
 
+def role_selector(info: ClusterInfo, role: str) -> dict[str, str] | None:
+    """Label selector for work of a role ("data" or "train"); None where no node of the cluster has that role.
+
+    ``cluster.yaml`` labels its nodes so; on a laptop everything runs everywhere.
+    """
+    groups = (*info.nodes, *info.largest)
+    return {"role": role} if any(group.labels.get("role") == role for group in groups) else None
+
+
 def worker_slots(groups: Sequence[NodeGroup], need: Mapping[str, float]) -> int:
     """How many workers with these needs the nodes hold; a worker cannot be split over nodes."""
     return sum(group.count * _slots(group.resources, need) for group in groups)
@@ -134,7 +145,7 @@ def full_size(nodes: Sequence[NodeGroup], config: Mapping[str, Any]) -> tuple[No
     head = tuple(group for group in nodes if HEAD_RESOURCE in group.resources)
     limit = int(config.get("max_workers", 2))  # Ray's default
     grown = [
-        NodeGroup(kind.get("resources", {}), min(limit, int(kind.get("max_workers", limit))))
+        NodeGroup(kind.get("resources", {}), min(limit, int(kind.get("max_workers", limit))), kind.get("labels", {}))
         for name, kind in config.get("available_node_types", {}).items()
         if name != config.get("head_node_type")
     ]

@@ -29,6 +29,7 @@ from rayjobs.capacity import (
     full_size,
     head_resource,
     max_concurrent_trials,
+    role_selector,
 )
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "connect",
     "head_resource",
     "max_concurrent_trials",
+    "role_selector",
     "shutdown",
     "worker_environment",
 ]
@@ -247,7 +249,9 @@ def _describe(started_here: bool) -> ClusterInfo:
     from ray._private.worker import get_dashboard_url
 
     address = ray.get_runtime_context().gcs_address
-    nodes = tuple(NodeGroup(dict(node["Resources"])) for node in ray.nodes() if node["Alive"])
+    nodes = tuple(
+        NodeGroup(dict(node["Resources"]), labels=dict(node["Labels"])) for node in ray.nodes() if node["Alive"]
+    )
     dashboard = get_dashboard_url()
     managed = any("ray.io/node-group" in node["Labels"] for node in ray.nodes() if node["Alive"])
     config = None if started_here else _autoscaler_config(address)

@@ -19,7 +19,12 @@ CONFIG = {
     "available_node_types": {
         "head": {"resources": {"CPU": 0}},
         "data": {"max_workers": 2, "resources": {"CPU": 32}},
-        "train": {"min_workers": 0, "max_workers": 8, "resources": {"CPU": 16, "GPU": 1}},
+        "train": {
+            "min_workers": 0,
+            "max_workers": 8,
+            "resources": {"CPU": 16, "GPU": 1},
+            "labels": {"role": "train"},
+        },
     },
 }
 
@@ -159,7 +164,7 @@ def test_a_cluster_that_grows_to_an_unknown_size_only_warns(caplog):
 
 def test_full_size_is_the_head_and_the_limits_of_the_worker_types():
     grown = full_size((HEAD, NodeGroup({"CPU": 32})), CONFIG)  # the worker that is up counts once, in its type
-    assert grown == (HEAD, NodeGroup({"CPU": 32}, 2), NodeGroup({"CPU": 16, "GPU": 1}, 6))
+    assert grown == (HEAD, NodeGroup({"CPU": 32}, 2), NodeGroup({"CPU": 16, "GPU": 1}, 6, {"role": "train"}))
 
 
 def test_concurrent_trials_follow_the_workers_that_fit():
@@ -171,6 +176,14 @@ def test_concurrent_trials_follow_the_workers_that_fit():
     assert max_concurrent_trials(info, 4, {"CPU": 1}) == 1
     assert max_concurrent_trials(growing(full_size((HEAD,), CONFIG)), 2, {"CPU": 8, "GPU": 1}) == 3
     assert max_concurrent_trials(fixed(HEAD), 1, {"CPU": 1}) == 1
+
+
+def test_roles_are_those_that_nodes_have_or_will_have():
+    assert capacity.role_selector(fixed(NodeGroup({"CPU": 2})), "train") is None
+    assert capacity.role_selector(fixed(NodeGroup({"CPU": 2}, labels={"role": "data"})), "data") == {"role": "data"}
+    info = growing(full_size((HEAD,), CONFIG))
+    assert capacity.role_selector(info, "train") == {"role": "train"}
+    assert capacity.role_selector(info, "data") is None
 
 
 def test_multi_node_means_now_or_later():
