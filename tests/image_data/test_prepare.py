@@ -223,6 +223,9 @@ def test_rendered_train_brings_its_own_val_and_test(tmp_path):
     assert [len(own) for own in instances] == [12, 6, 6]
     assert not instances[0] & instances[1] | instances[0] & instances[2] | instances[1] & instances[2]
     assert list(prepared.splits) == ["train", "val", "test"]
+    seed = f"{RENDERED}&seed=1"
+    mixed = make(tmp_path, f"val={seed}", f"train={RENDERED}")  # what is named wins
+    assert members(mixed)["val"] == members(make(tmp_path, f"train={seed}"))["val"] != members(prepared)["val"]
 
 
 @pytest.mark.parametrize("options", [{"class_split": None}, {"image_split": (0.5, 0.3, 0.2)}])

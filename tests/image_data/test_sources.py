@@ -205,6 +205,11 @@ def test_parquet_by_pattern_and_single_file(tmp_path):
     assert len(open_rows(f"parquet:{tmp_path}/part-2.parquet").index().names) == 6
 
 
+def test_parquet_batches_smaller_than_a_row_group(tmp_path, monkeypatch):
+    monkeypatch.setattr("image_data.parquet_source._BATCH_ROWS", 2)
+    assert content(open_rows(write_parquet(tmp_path, ROWS))) == EXPECTED
+
+
 def test_parquet_as_hugging_face_writes_it(tmp_path):
     features = {"label": {"_type": "ClassLabel", "names": ["zebra", "ant"]}, "image": {"_type": "Image"}}
     whole = pa.table({"image": [{"bytes": picture(i), "path": None} for i in range(4)], "label": [0, 1, 1, 0]})
