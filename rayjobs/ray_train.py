@@ -63,7 +63,7 @@ class ProgressPoller:
         while True:
             is_last = self._stop.wait(0.5)
             try:
-                items = ray.get(self.board.drain.remote(), timeout=20)
+                items = ray.get(self.board.drain.remote())
             except ray.exceptions.RayError:
                 return  # the cluster is going down; the driver's own error says why
             for item in items:

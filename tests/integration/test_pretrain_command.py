@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import signal
 
-import psutil
 import pytest
+from ray._private.services import psutil  # Ray's own copy
 
 from tests.integration.commands import TINY, environment, run, start, wait_for
 from tests.rayjobs.conftest import write_images
