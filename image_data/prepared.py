@@ -109,13 +109,12 @@ class PreparedData:
     def find(cls, directory: str) -> PreparedData | None:
         """The complete data set in a folder or at a URI; None where there is none."""
         files = Files(directory)
-        manifest = posixpath.join(files.root, MANIFEST)
-        if not files.exists(manifest):
+        present = {info.name for info in files.walk()[0]} if files.is_dir() else set()
+        if MANIFEST not in present:
             return None
-        prepared = cls.from_json(files.read(manifest).decode(), directory)
-        names = [posixpath.basename(file) for split in prepared.splits.values() for file in split.files]
-        complete = all(files.exists(posixpath.join(files.root, name)) for name in names)
-        return prepared if complete else None
+        prepared = cls.from_json(files.read(posixpath.join(files.root, MANIFEST)).decode(), directory)
+        needed = {posixpath.basename(file) for split in prepared.splits.values() for file in split.files}
+        return prepared if needed <= present else None
 
     @classmethod
     def load(cls, directory: str) -> PreparedData:

@@ -232,7 +232,7 @@ class RayDataStream:
         self.batch_size = batch_size
         self.steps_per_epoch = num_steps(split.num_images, batch_size, world_size, drop_last)
         self.wait_seconds = 0.0
-        self._sizes = ViewMaker(views, image_size, seed, backend).sizes
+        self._sizes = tuple(recipe.size or image_size for recipe in views)
         self._rank, self._world_size, self._prefetch = rank, world_size, prefetch
         self._shard = shard
         self._make_dataset: Callable[..., ray.data.Dataset] = partial(

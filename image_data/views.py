@@ -113,6 +113,8 @@ class ViewMaker:
             raise DataError("The batch holds an image of zero height or width; drop it before making views.")
         shapes = [(num_images, 3, size, size) for size in self.sizes]
         views = [np.empty(shape, np.uint8) for shape in shapes] if out is None else list(out)
+        if len(views) != len(shapes):
+            raise DataError(f"`out` holds {len(views)} arrays; give one per recipe, {len(shapes)}.")
         for view, shape in zip(views, shapes, strict=True):
             if view.shape != shape or view.dtype != np.uint8 or not view.flags.c_contiguous:
                 raise DataError(f"`out` holds {view.dtype} {view.shape}; this batch needs C-contiguous uint8 {shape}.")

@@ -152,7 +152,8 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
         if kind is PretrainConfig and name == "method_config":
             hint = type(METHODS[values["method"]].config)
         arguments[name] = _convert(hint, value)
-    return kind(**arguments)
+    built: Any = kind(**arguments)
+    return built
 
 
 def _convert(hint: Any, value: Any) -> Any:

@@ -68,7 +68,6 @@ def ray_features(checkpoint: str, split: SplitInfo, settings: TrainConfig) -> Fe
         concurrency=settings.num_workers,
         **resources,
     )
-    parts = (
-        (b["features"], b["label"], b["index"]) for b in passed.iter_batches(batch_size=None, batch_format="numpy")
-    )
+    batches: Any = passed.iter_batches(batch_size=None, batch_format="numpy")
+    parts = ((b["features"], b["label"], b["index"]) for b in batches)
     return assemble_features(parts, split.class_names)

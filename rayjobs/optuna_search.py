@@ -8,8 +8,9 @@ and a trial ends as COMPLETE, PRUNED or FAIL (crashed or diverged).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
+import optuna
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
@@ -44,12 +45,12 @@ class PruneAwareOptunaSearch(OptunaSearch):
         if trial_id in self._completed_trials:
             return
         value = (result or {}).get(self.metric)
-        trial = self._ot_trials[trial_id]
+        trial, study = self._ot_trials[trial_id], cast(optuna.Study, self._ot_study)
         if error or (result or {}).get("diverged"):
-            self._ot_study.tell(trial, state=TrialState.FAIL)
+            study.tell(trial, state=TrialState.FAIL)
         elif value is not None and math.isfinite(value):
-            self._ot_study.tell(trial, float(value))
+            study.tell(trial, float(value))
         else:
             self._report(trial_id, result)  # the report that made the scheduler stop the trial reaches only this hook
-            self._ot_study.tell(trial, state=TrialState.PRUNED)
+            study.tell(trial, state=TrialState.PRUNED)
         self._completed_trials.add(trial_id)

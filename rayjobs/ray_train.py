@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
+import ray.train.torch
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 

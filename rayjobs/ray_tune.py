@@ -75,8 +75,8 @@ class SweepPlan:
 
 
 def milestones(epochs: int) -> tuple[int, ...]:
-    """Epochs at which trials are compared: a quarter, a half of the run (ASHA rungs with factor 2)."""
-    first = max(1, epochs // 4)
+    """Epochs at which trials are compared: after a third and two thirds of the run (ASHA rungs with factor 2)."""
+    first = max(1, round(epochs / 3))
     found = []
     while first < epochs:
         found.append(first)
@@ -230,9 +230,10 @@ def _sampler(seed: int) -> optuna.samplers.TPESampler:
 def build_tuner(plan: SweepPlan, space: SearchSpace, context: SpaceContext, listener: Any) -> tune.Tuner:
     """A fresh sweep."""
     epochs = next(iter(plan.base.values())).train.epochs
+    sample: Any = space.sample
     search = PruneAwareOptunaSearch(
         proxy="proxy",
-        space=partial(space.sample, context=context),
+        space=partial(sample, context=context),
         metric="objective",
         mode=plan.direction[:3],
         points_to_evaluate=space.presets(context)[: plan.num_trials] if space.presets else None,
@@ -277,7 +278,8 @@ def restore_tuner(plan: SweepPlan, listener: Any) -> tune.Tuner:
         f"{plan.storage}/{plan.folder}", trainable=_trainable(plan), resume_unfinished=True, resume_errored=False
     )
     # The listener holds threads and cannot be pickled with the experiment.
-    tuner._local_tuner.get_run_config().callbacks = [TrialEvents(listener)]
+    local: Any = tuner._local_tuner
+    local.get_run_config().callbacks = [TrialEvents(listener)]
     return tuner
 
 

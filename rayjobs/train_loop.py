@@ -160,11 +160,11 @@ def train(
         metrics = _run_epoch(training, stream, epoch, reporter)
         finished = epoch + 1
         is_due = finished % config.train.checkpoint_every == 0 or finished == config.train.epochs
-        is_probed = probe is not None and finished in probe_epochs
+        is_probed = finished in probe_epochs
         if is_due or is_probed:
             # Per-device BatchNorm drifts apart; rank 0 speaks for all workers, and a resumed run starts from its state.
             average_running_statistics(training.method)
-        if is_probed and worker.rank == 0:
+        if probe is not None and is_probed and worker.rank == 0:
             metrics |= _probed(training, probe, finished)
         saver = None
         if is_due and worker.rank == 0:

@@ -47,8 +47,8 @@ class RenderedOptions:
         held_out_instances: shape instances of each validation and novel class.
         images_per_instance: images of each instance (S-ND: 10 consecutive frames).
         seed: of everything but the class split.
-        factors: texture, colour, viewpoint, lighting (S-ND's T C V L), each 0 or 1. The default varies the viewpoint only:
-            a small network learns something from it within minutes; 1111 is the hardest set.
+        factors: texture, colour, viewpoint, lighting (T C V L of Newell & Deng), each 0 or 1. The default varies only
+            the viewpoint: a small network learns from it within minutes; 1111 is the hardest set.
         classes: fine classes in all, 10 to 60; a fifth each is held out for validation and novel.
     """
 

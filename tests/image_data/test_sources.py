@@ -6,10 +6,12 @@ import os
 import tarfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
@@ -340,6 +342,27 @@ def test_bad_data_is_explained(data, message):
 def test_unknown_file_system_is_explained():
     with pytest.raises(DataError, match="nosuch://"):
         open_rows("folder:nosuch://bucket/x")
+
+
+def test_s3_without_its_fsspec_driver_is_read_through_pyarrow(tmp_path, monkeypatch):
+    def no_driver(path):
+        if path.startswith("s3://"):
+            raise ImportError("Install s3fs to access S3")
+        return url_to_fs(path)
+
+    url_to_fs = fsspec.core.url_to_fs
+    local = SimpleNamespace(
+        from_uri=lambda uri: (pyarrow.fs.LocalFileSystem(), uri.replace("s3://bucket", str(tmp_path)))
+    )
+    monkeypatch.setattr(fsspec.core, "url_to_fs", no_driver)
+    monkeypatch.setattr(pyarrow.fs, "FileSystem", local)
+    for layout, write in WRITERS.items():
+        source = open_rows(write(tmp_path / layout, ROWS).replace(str(tmp_path), "s3://bucket"))
+        assert content(source) == EXPECTED
+        assert all("\t" in line and not line.endswith("\t") for line in source.listing())
+    with pytest.raises(DataError, match="needs a package that is not installed"):
+        monkeypatch.setattr(fsspec.core, "url_to_fs", lambda path: no_driver("s3://"))
+        open_rows("folder:abfs://container/x")
 
 
 def test_named_splits():

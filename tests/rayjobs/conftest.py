@@ -71,7 +71,7 @@ class TinyBackbone(nn.Module):
         return self.forward_features(x).mean(dim=(2, 3))
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_backbone(monkeypatch):
     """Runs of this process use ``TinyBackbone`` whatever their configuration names."""
     import rayjobs.checkpoint

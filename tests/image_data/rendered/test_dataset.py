@@ -28,7 +28,12 @@ from image_data.rendered.dataset import (
 )
 
 SMALL = RenderedOptions(
-    image_size=40, instances_per_class=(2, 1, 1), held_out_instances=1, images_per_instance=2, classes=15
+    image_size=40,
+    instances_per_class=(2, 1, 1),
+    held_out_instances=1,
+    images_per_instance=2,
+    factors="1111",
+    classes=15,
 )
 
 
@@ -145,7 +150,7 @@ def test_targets_agree_with_each_other(rows):
 
 
 def test_every_class_shows_an_object_of_reasonable_size():
-    options = RenderedOptions(32, (3, 1, 1), held_out_instances=3, images_per_instance=2)
+    options = RenderedOptions(32, (3, 1, 1), held_out_instances=3, images_per_instance=2, factors="1111")
     areas = defaultdict(list)
     for split in ("train", "val_classes", "novel_classes"):
         for row in rendered_rows(options, split):
