@@ -30,6 +30,7 @@ __all__ = [
     "TrialEvents",
     "build_points_tuner",
     "build_tuner",
+    "can_restore",
     "milestones",
     "restore_tuner",
     "trial_config",
@@ -270,6 +271,11 @@ def _run_config(plan: SweepPlan, listener: Any) -> tune.RunConfig:
         failure_config=tune.FailureConfig(max_failures=1),
         checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
     )
+
+
+def can_restore(plan: SweepPlan) -> bool:
+    """Whether an earlier start left a search to continue."""
+    return tune.Tuner.can_restore(f"{plan.storage}/{plan.folder}")
 
 
 def restore_tuner(plan: SweepPlan, listener: Any) -> tune.Tuner:

@@ -17,7 +17,6 @@ if __package__ in (None, ""):  # run as a script: the project folder takes the p
 
 from image_data.prepare import prepare
 from rayjobs.cli import EXIT_INTERRUPTED, differences, flat_parse, make_console, quiet_libraries, user_errors
-from rayjobs.places import resolve_output
 from rayjobs.sweep_config import SweepConfig, prepare_sweep, sweep_defaults
 
 
@@ -71,11 +70,11 @@ def _named(config: SweepConfig) -> SweepConfig:
     """Give the sweep its name: the user's, the newest unfinished one with --resume, else a new one from the time."""
     from dataclasses import replace
 
-    from rayjobs.sweep_run import is_finished, stored_config, with_resume
+    from rayjobs.sweep_run import is_finished, state_folder, stored_config, with_resume
 
     if not config.resume:
         return config if config.name else replace(config, name=f"{config.space}-{time.strftime('%Y%m%d-%H%M%S')}")
-    root = Path(resolve_output(config.output))
+    root = state_folder(replace(config, name="any")).parent
     name = config.name
     if not name:
         found = sorted(p.parent for p in root.glob("*/sweep.json") if not is_finished(p.parent))
@@ -98,10 +97,10 @@ def _named(config: SweepConfig) -> SweepConfig:
 
 def _check_folder(config: SweepConfig) -> None:
     """A name that is in use needs --resume or another name."""
-    if config.resume or "://" in config.output:
-        return
-    folder = Path(resolve_output(config.output)) / config.name
-    if (folder / "sweep.json").exists():
+    from rayjobs.sweep_run import state_folder
+
+    folder = state_folder(config)
+    if not config.resume and (folder / "sweep.json").exists():
         raise ValueError(
             f"A sweep named {config.name!r} exists in {folder}. Continue it with --resume --name {config.name}, or "
             "choose another --name."

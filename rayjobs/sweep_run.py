@@ -22,6 +22,7 @@ from rayjobs.ray_tune import (
     SweepPlan,
     build_points_tuner,
     build_tuner,
+    can_restore,
     milestones,
     restore_tuner,
     trial_config,
@@ -33,7 +34,7 @@ from rayjobs.sweep_config import SweepConfig, SweepSetup
 from rayjobs.tracking import RunHandle, Tracker
 from rayjobs.trial_log import TrialLog, log_transfer
 
-__all__ = ["SweepInterrupted", "run_sweep", "sweep_folder"]
+__all__ = ["SweepInterrupted", "run_sweep", "state_folder", "sweep_folder"]
 
 STATE_FILE = "sweep.json"
 RESULTS_FILE = "results.json"
@@ -48,6 +49,11 @@ def sweep_folder(config: SweepConfig) -> str:
     return f"{resolve_output(config.output)}/{config.name}"
 
 
+def state_folder(config: SweepConfig) -> Path:
+    """Local folder of the sweep's state and report: its own folder, or ``results/NAME`` when that is a URI."""
+    return Path(resolve_output("results" if "://" in config.output else config.output)) / config.name
+
+
 class _Sweep:
     """State of a running sweep on the driver."""
 
@@ -55,7 +61,7 @@ class _Sweep:
         self.setup, self.data, self.console = setup, data, console
         config = setup.config
         self.folder = sweep_folder(config)
-        self.local = Path(self.folder if "://" not in self.folder else resolve_output("results") + "/" + config.name)
+        self.local = state_folder(config)
         self.local.mkdir(parents=True, exist_ok=True)
         settings = config.train
         resources = {"CPU": settings.cpus_per_worker, "GPU": float(settings.use_gpu)}
@@ -168,7 +174,7 @@ def _search(sweep: _Sweep) -> list[dict[str, Any]]:
     setup = sweep.setup
     plan = sweep.plan(setup.base, "tune")
     log = TrialLog(plan, sweep.tracker, sweep.parent, sweep.console, "trial", plan.num_trials)
-    if os.path.exists(f"{sweep.folder}/tune/tuner.pkl"):
+    if can_restore(plan):
         tuner = restore_tuner(plan, log)
     else:
         tuner = build_tuner(plan, setup.space, setup.context, log)
