@@ -76,8 +76,8 @@ class SweepPlan:
 
 
 def milestones(epochs: int) -> tuple[int, ...]:
-    """Epochs at which trials are compared: after a third and two thirds of the run (ASHA rungs with factor 2)."""
-    first = max(1, round(epochs / 3))
+    """Epochs at which trials are compared: a quarter of the run, then every doubling (ASHA rungs with factor 2)."""
+    first = max(1, epochs // 4)
     found = []
     while first < epochs:
         found.append(first)

@@ -29,7 +29,7 @@ class SweepConfig:
         num_trials: trials to run.
         objective: downstream metric to optimise; empty takes the space's. Measured on validation data.
         tasks: downstream tasks measured for every finished trial; empty takes the space's.
-        prune: stop trials that fall behind after a third and two thirds of the epochs (ASHA).
+        prune: stop trials that fall behind after a quarter of the epochs, and at every doubling of that (ASHA).
         confirm: retrain the winner with this many new seeds and report the test split.
         name: name of the sweep: folder under --output and MLflow experiment; empty makes one from the time.
         output: folder (or URI that all nodes reach) of results and checkpoints.
