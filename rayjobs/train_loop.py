@@ -108,7 +108,13 @@ def _feature_map_side(backbone: str, stem: Literal["imagenet", "small"], image_s
     """Side of the last feature map, found without computing: shapes on the meta device."""
     with torch.device("meta"):
         module = build_backbone(backbone, stem).eval()
-        return int(module.forward_features(torch.empty(1, 3, image_size, image_size)).shape[-1])
+        try:
+            return int(module.forward_features(torch.empty(1, 3, image_size, image_size)).shape[-1])
+        except RuntimeError as error:
+            raise ValueError(
+                f"Images of {image_size} px are too small for {backbone} with the {stem} stem ({error}). Use larger "
+                "images, the small stem or another backbone."
+            ) from error
 
 
 def build_method(config: PretrainConfig, context: MethodContext) -> Any:

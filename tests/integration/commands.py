@@ -16,7 +16,20 @@ from tests.integration.heads import ROOT
 __all__ = ["TINY", "environment", "mlflow_runs", "results_of", "run", "start", "wait_for"]
 
 # Seconds per trial on one core, and small checkpoints enough for many of them.
-TINY = ["--class-split", "0.4", "0.3", "0.3", "--image-size", "16", "--stem", "imagenet", "--batch-size", "32"]
+TINY = [
+    "--class-split",
+    "0.4",
+    "0.3",
+    "0.3",
+    "--backbone",
+    "resnet18",
+    "--image-size",
+    "16",
+    "--stem",
+    "imagenet",
+    "--batch-size",
+    "32",
+]
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
