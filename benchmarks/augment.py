@@ -176,7 +176,7 @@ def measure(sides: dict[str, Side], rounds: int, num_images: int) -> dict[str, l
 def report(case: str, times: dict[str, list[float]]) -> None:
     """One JSON line per competitor."""
     ours = times["ours"]
-    for other in times.keys() - {"ours"}:
+    for other in (name for name in times if name != "ours"):
         ratio = statistics.median(theirs / mine for theirs, mine in zip(times[other], ours, strict=True))
         kind = other if other != "official" else f"official {case.split()[0]}"
         line = {
