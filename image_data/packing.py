@@ -26,7 +26,7 @@ from image_data.uri import map_ahead
 
 __all__ = ["PackedSplit", "Spool", "Verified", "verify", "write_split"]
 
-SHARD_BYTES = 32 * 2**20  # 16 to 64 MB suit Ray Data's block size (ray.md 3)
+SHARD_BYTES = 32 * 2**20  # 16 to 64 MB suit Ray Data's block size
 MIN_SHARDS = 8  # so that several workers share even a small split
 MIN_SHARDED_IMAGES = 512  # below, one shard
 ROW_GROUP_ROWS = 1024

@@ -130,7 +130,7 @@ def open_source(
     files = list(prepared.split(split).files)
     context = ray.data.DataContext.get_current()
     configured = context.use_datasource_v2
-    # The new reader neither divides small sets nor streams them (ray.md 0, fact 8); the choice is made in this call.
+    # The new reader neither divides small sets nor streams them (Ray 2.60); the choice is made in this call.
     context.use_datasource_v2 = False
     try:
         selected = None if columns is None else list(columns)

@@ -1,4 +1,4 @@
-"""Class activation maps (Zhou et al., CVPR 2016) and the suppression of images by them (CAMtrast; papers.md 2.12).
+"""Class activation maps (Zhou et al., CVPR 2016) and image suppression by them (CAMtrast, Sun et al., AAAI 2022).
 
 Shapes: B images, C channels, (h, w) feature map, (H, W) image, K classes.
 """
@@ -55,7 +55,7 @@ def normalized_mask(cam_Bhw: Tensor, size: tuple[int, int]) -> tuple[Tensor, Ten
     Returns:
         mask (B, 1, H, W) in [0, 1], and is_constant bool (B,).
     """
-    # CAMtrast upsamples, then scales (S-CAM Fig. 4); half-pixel centres as in OpenCV, which its code uses.
+    # CAMtrast upsamples, then scales (its Fig. 4); half-pixel centres as in OpenCV, which its code uses.
     up_B1HW = F.interpolate(cam_Bhw[:, None], size=size, mode="bilinear", align_corners=False)
     low, high = up_B1HW.amin(dim=(1, 2, 3), keepdim=True), up_B1HW.amax(dim=(1, 2, 3), keepdim=True)
     span = high - low

@@ -1,4 +1,4 @@
-"""CAMtrast (Sun et al., AAAI 2022; papers.md 2.12), with MoCo v2 or SimSiam as its self-supervised part.
+"""CAMtrast (Sun et al., AAAI 2022), with MoCo v2 or SimSiam as its self-supervised part.
 
 One view x per image. A class activation map (CAM) of x hides what the classifier looks at; x' is what remains:
 

@@ -1,4 +1,4 @@
-"""Exemplar v1 and v2 (Zhao et al., ICLR 2021, arXiv 2006.06606, section 4.1; papers.md 2.6).
+"""Exemplar v1 and v2 (Zhao et al., ICLR 2021, arXiv 2006.06606, section 4.1).
 
 L_i = -log [ exp(q_i.k_i/tau) / (exp(q_i.k_i/tau) + sum_{j: y_j != y_i} exp(q_i.k_j/tau)) ]  (Eq. 2): instance
 discrimination in which images of the same class are neither attracted nor repelled. It is MoCo (v1 or v2) whose queue

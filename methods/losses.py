@@ -1,4 +1,4 @@
-"""Contrast against a queue of keys: InfoNCE (MoCo, Eq. 1) and its label-masked form (Exemplar; S-ZHAO Eq. 2).
+"""Contrast against a queue of keys: InfoNCE (MoCo, Eq. 1), also label-masked (Exemplar, Zhao et al., ICLR 2021, Eq. 2).
 
 Shapes: B queries, K queued keys, D dimensions. q, k and the queue are unit vectors in the methods, but the formulas
 hold for any length. With n_i = log sum_j exp(q_i . queue_j / tau) over the negatives that count for query i, the loss

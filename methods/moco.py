@@ -1,4 +1,4 @@
-"""MoCo v1 (He et al., CVPR 2020, arXiv 1911.05722) and v2 (Chen et al. 2020, arXiv 2003.04297); papers.md 2.4, 2.5.
+"""MoCo v1 (He et al., CVPR 2020, arXiv 1911.05722) and v2 (Chen et al. 2020, arXiv 2003.04297).
 
 L = -log [ exp(q.k+/tau) / (exp(q.k+/tau) + sum_j exp(q.k_j/tau)) ] with q = f_q(x_q), k+ = f_k(x_k) of two views of an
 image and k_j a queue of K earlier keys (Eq. 1); f_k <- m f_k + (1 - m) f_q (Eq. 2). As in ``facebookresearch/moco:

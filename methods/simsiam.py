@@ -1,4 +1,4 @@
-"""SimSiam (Chen & He, CVPR 2021, arXiv 2011.10566; papers.md 2.9).
+"""SimSiam (Chen & He, CVPR 2021, arXiv 2011.10566).
 
 L = -1/2 [cos(p_1, sg(z_2)) + cos(p_2, sg(z_1))] with z = projector(f(x)), p = predictor(z), sg = stop-gradient: no
 negatives and no momentum encoder. As in ``facebookresearch/simsiam: simsiam/builder.py``: the projector ends in a

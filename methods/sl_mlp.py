@@ -1,4 +1,4 @@
-"""SL-MLP (Wang et al., CVPR 2022, arXiv 2112.00496; papers.md 2.2): cross entropy through a projector.
+"""SL-MLP (Wang et al., CVPR 2022, arXiv 2112.00496): cross entropy through a projector.
 
 L = CE(W p(f(x)), y). The projector p sits between the pooled feature and the classifier W; after pretraining both are
 dropped and f(x), before the projector, transfers. No official code is at hand: the projector

@@ -1,4 +1,4 @@
-"""Supervised cross entropy (papers.md 2.1): L = -log softmax(W f(x) + b)[y], the baseline of every comparison.
+"""Supervised cross entropy: L = -log softmax(W f(x) + b)[y], the baseline of every comparison.
 
 The optimiser is not stated in the transfer papers; SGD with lr 0.1 per 256 images, momentum 0.9, weight decay 1e-4 and
 cosine decay is the usual ImageNet setting. What transfers is f, so the classifier W is dropped.

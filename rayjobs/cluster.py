@@ -1,7 +1,7 @@
 """The one way from a command to a Ray cluster, and the guards that stop a doomed job before it starts.
 
 ``connect`` joins the cluster that ``RAY_ADDRESS`` names (job submission sets it for the driver) or starts a private
-one on this machine, and hands every worker the environment that the measurements behind DESIGN.md section 6 asked for:
+one on this machine, and hands every worker the environment that measurements asked for:
 
 - ``RAY_ADDRESS`` reaches the workers. Ray gives it to a job's driver only, and a worker that looks for the cluster by
   itself may find another one on the same machine; then the placement groups of stopped trials are never freed.

@@ -1,7 +1,7 @@
 """Typed, frozen configurations of the commands, and their JSON form.
 
 A configuration is complete: together with the data fingerprint and the package versions it determines a run. It
-serialises to JSON, and its hash is stored with every number (DESIGN.md section 2, "Run record").
+serialises to JSON, and its hash is stored with every number.
 """
 
 from __future__ import annotations

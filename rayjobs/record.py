@@ -19,7 +19,7 @@ PACKAGES = ("torch", "torchvision", "ray", "optuna", "mlflow", "numba", "numpy",
 
 
 def run_record(config: PretrainConfig, data: PreparedData) -> dict[str, Any]:
-    """Everything of DESIGN.md's run record that is known when a run starts."""
+    """Everything of the run record that is known when a run starts."""
     return {
         "config_hash": config_hash(config),
         "method": config.method,

@@ -1,1 +1,1 @@
-"""The procedural data set ``rendered:`` (papers.md 4.15, after Newell & Deng): images with aligned targets."""
+"""The procedural data set ``rendered:`` (after Newell & Deng, CVPR 2020): images with aligned targets."""

@@ -2,7 +2,7 @@
 
 Every row is a function of (options, split, row number) alone: the same bytes for any thread count, process or range.
 
-Decisions where papers.md 4.15 leaves a choice: colours are real RGB (the released renderer copies red into green and
+Decisions where Newell & Deng leave a choice: colours are real RGB (the released renderer copies red into green and
 blue; we do not imitate that); textures are procedural solid textures instead of photographs; parts of an object share
 one material at different brightness; the class-tied colour belongs to the fine class.
 """
@@ -45,7 +45,7 @@ class RenderedOptions:
         image_size: side in pixels, 32 to 224.
         instances_per_class: shape instances of each base class in train, val and test (disjoint).
         held_out_instances: shape instances of each validation and novel class.
-        images_per_instance: images of each instance (S-ND: 10 consecutive frames).
+        images_per_instance: images of each instance (10 consecutive frames in Newell & Deng).
         seed: of everything but the class split.
         factors: texture, colour, viewpoint, lighting (T C V L of Newell & Deng), each 0 or 1. The default varies only
             the viewpoint: a small network learns from it within minutes; 1111 is the hardest set.
@@ -195,7 +195,7 @@ def rendered_rows(
         pose: 0 to 4 (``scene.pose_bin``). rotation: Euler angles about x, y, z added to the fixed pose, radians.
         mask: PNG, 8-bit gray: coarse + 1 on the object, 0 elsewhere.
         depth: PNG, 16-bit gray: depth along the viewing axis in units of depth_scale; 0 where mask is 0.
-        depth_scale: bounding radii per unit. depth_max: the largest depth (S-ND put it in place of 0).
+        depth_scale: bounding radii per unit. depth_max: the largest depth (Newell & Deng put it in place of 0).
         box: (x0, y0, x1, y1) of the mask in pixels, ends excluded.
         landmarks: 5 x (x, y, visible), pixels; hidden ones (behind the object, outside the box) have visible 0.
         instance: number of the shape instance, unique in the data set.

@@ -1,6 +1,6 @@
 """One image of one object: the four complexity factors, the camera, and the targets.
 
-World coordinates are x towards the camera, y to the right of the image, z up. As in papers.md 4.15 the fixed pose is a
+World coordinates are x towards the camera, y to the right of the image, z up. As in Newell & Deng the fixed pose is a
 yaw of -30 degrees, the viewpoint factor adds N(0, 0.5) rad to all three Euler angles, the lighting factor turns the
 light by -0.5 + 2 N(0, 1) rad in the plane that faces the camera (-0.5 when off), and every image has a scale warp.
 """
@@ -24,7 +24,7 @@ __all__ = ["DEPTH_SCALE", "DISTANCE", "TANGENT", "Factors", "Picture", "pose_bin
 DISTANCE = 4.0  # camera to object centre, in bounding radii of the object
 TANGENT = 0.255  # of half the field of view: an object's bounding sphere fills the image
 WALL = 5.6  # depth of the background plane
-ELEVATION = math.atan(0.4)  # of the camera: S-ND's stands at (1, 0, 0.4)
+ELEVATION = math.atan(0.4)  # of the camera: Newell & Deng's stands at (1, 0, 0.4)
 YAW = -math.pi / 6
 DEPTH_SCALE = 1.0 / 8192.0  # 16-bit depth target: depth = value * DEPTH_SCALE, up to 8 bounding radii; 0 = background
 
@@ -33,7 +33,7 @@ _WARP, _VIEW, _LIGHT, _COLOUR, _TEXTURE, _WALL_COLOUR, _WALL_TEXTURE = range(1, 
 
 @dataclass(frozen=True)
 class Factors:
-    """The four binary complexity factors of papers.md 4.15."""
+    """The four binary complexity factors of Newell & Deng (CVPR 2020)."""
 
     texture: bool = True
     colour: bool = True
@@ -70,7 +70,7 @@ def _rotation_matrix(angles: tuple[float, float, float]) -> np.ndarray:
 
 
 def pose_bin(rotation: tuple[float, float, float]) -> int:
-    """The pose class of papers.md 4.15 from the object's up axis r in the world.
+    """The pose class of Newell & Deng from the object's up axis r in the world.
 
     Returns:
         0 ("top") when the polar angle of r is below pi/8, else 1 to 4: the 90-degree sector of atan2(r_x, r_y),
@@ -94,7 +94,7 @@ def _random_colour(draws: Draws) -> tuple[float, float, float]:
 
 
 def _class_colour(class_id: int, draws: Draws) -> tuple[float, float, float]:
-    """A colour around the class's hue: hue jitter 0.2 x 0.3, other channels 0.2 (papers.md 4.15)."""
+    """A colour around the class's hue: hue jitter 0.2 x 0.3, other channels 0.2 (Newell & Deng)."""
     own = Draws(0x434F4C, class_id)
     hue = class_id * 0.6180339887498949 % 1.0 + 0.06 * draws.normal()
     saturation = 0.2 + 0.8 * own.uniform() + 0.2 * draws.normal()

@@ -60,7 +60,7 @@ def test_stages_hold_every_parameter_once_and_share_it():
 
 
 def test_resnet50_map_of_84_px_is_3x3():
-    # papers.md 0.2 item 4: the CAMs of the few-shot studies have nine locations.
+    # The CAMs of the few-shot studies have nine locations.
     with torch.device("meta"):
         assert build_backbone("resnet50").forward_features(torch.zeros(1, 3, 84, 84)).shape == (1, 2048, 3, 3)
 
@@ -89,7 +89,7 @@ def test_parameter_count(name, stem, count):
 
 
 def _resnet9_by_hand(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """The network of papers.md 2.17 in plain functions, BatchNorm on batch statistics."""
+    """ResNet-9 in plain functions, BatchNorm on batch statistics."""
 
     def conv(x, name):
         return F.conv2d(x, weights[f"{name}.weight"], padding=1)

@@ -32,7 +32,7 @@ def make_inputs(num_queries: int = 6, num_keys: int = 40, dim: int = 8, seed: in
 
 
 def slow_loss(q, k, queue, tau, labels=None, queue_labels=None) -> Tensor:
-    """Eq. 1 of MoCo and Eq. 2 of S-ZHAO, term by term."""
+    """Eq. 1 of MoCo and Eq. 2 of Exemplar (Zhao et al., ICLR 2021), term by term."""
     total = torch.zeros((), dtype=q.dtype)
     for i in range(len(q)):
         positive = torch.exp(q[i] @ k[i] / tau)
