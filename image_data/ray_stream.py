@@ -234,6 +234,7 @@ class RayDataStream:
         self.wait_seconds = 0.0
         self._sizes = tuple(recipe.size or image_size for recipe in views)
         self._rank, self._world_size, self._prefetch = rank, world_size, prefetch
+        self._last_size = batch_size if drop_last else split.num_images - (self.steps_per_epoch - 1) * batch_size
         self._shard = shard
         self._make_dataset: Callable[..., ray.data.Dataset] = partial(
             make_train_dataset,
@@ -323,12 +324,13 @@ class RayDataStream:
             raise RuntimeError(f"Ray Data ended before {_name(expected)}, with {self._world_size} workers.")
         block = read_block(table, self._sizes)
         found = (block.batch.epoch, block.number)
-        if found != expected:
+        size = self._last_size if step + 1 == self.steps_per_epoch else self.batch_size
+        if found != expected or len(block.batch.index) != size:
             raise RuntimeError(
-                f"Ray Data delivered {_name(found)} instead of {_name(expected)} (worker {self._rank} of "
-                f"{self._world_size}). Give make_train_dataset the epoch that training (re)starts at and the same "
-                "batch_size and world_size as the stream, iterate every epoch on all workers, and pass "
-                "dataset_config=train_data_config() to TorchTrainer."
+                f"Ray Data delivered {_name(found)} with {len(block.batch.index)} images instead of {_name(expected)} "
+                f"with {size} (worker {self._rank} of {self._world_size}). Give make_train_dataset the epoch that training "
+                "(re)starts at and the same batch_size and world_size as the stream, iterate every epoch on all workers, "
+                "and pass dataset_config=train_data_config() to TorchTrainer."
             )
         self._next = (epoch, step + 1)
         if step + 1 == self.steps_per_epoch:
