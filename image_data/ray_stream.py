@@ -328,9 +328,9 @@ class RayDataStream:
         if found != expected or len(block.batch.index) != size:
             raise RuntimeError(
                 f"Ray Data delivered {_name(found)} with {len(block.batch.index)} images instead of {_name(expected)} "
-                f"with {size} (worker {self._rank} of {self._world_size}). Give make_train_dataset the epoch that training "
-                "(re)starts at and the same batch_size and world_size as the stream, iterate every epoch on all workers, "
-                "and pass dataset_config=train_data_config() to TorchTrainer."
+                f"with {size} (worker {self._rank} of {self._world_size}). Give make_train_dataset the epoch that "
+                "training (re)starts at and the same batch_size and world_size as the stream, iterate every epoch on "
+                "all workers, and pass dataset_config=train_data_config() to TorchTrainer."
             )
         self._next = (epoch, step + 1)
         if step + 1 == self.steps_per_epoch:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 import image_data.windows
 from image_data import ray_stream
@@ -159,7 +160,10 @@ def read_shards(packed, dataset, batch_size: int, plan) -> list[Any]:
     settings = SETTINGS | {"batch_size": batch_size, "world_size": 2}
     streams = [RayDataStream.from_shard(s, packed[0], VIEWS, rank=r, **settings) for r, s in enumerate(shards)]
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(plan, streams))
+        try:
+            return list(pool.map(plan, streams))
+        finally:
+            ray.kill(shards[0]._coord_actor)  # type: ignore[attr-defined] - what the end of its workers does in a run
 
 
 def dataset_for_two(packed, **settings):
