@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -206,11 +207,21 @@ class TrialEvents(tune.Callback):
         self._listener.trial_ended(trial.trial_id, trial.last_result, error=str(trial.get_pickled_error() or "failed"))
 
 
+class ResumableASHA(ASHAScheduler):
+    """ASHA that can be given the results of an earlier start of the sweep, which Tune 2.60 forgets."""
+
+    def recall(self, trial_id: str, values: Mapping[int, float]) -> None:
+        """Fill the rungs with a trial's metric after each of its milestones (epoch -> value)."""
+        trial: Any = SimpleNamespace(trial_id=trial_id)
+        for epoch, value in sorted(values.items()):
+            self._brackets[0].on_result(trial, epoch, self._metric_op * value)
+
+
 def _scheduler(plan: SweepPlan, epochs: int) -> Any:
     rungs = milestones(epochs)
     if not plan.prune or not rungs:
         return FIFOScheduler()
-    return ASHAScheduler(
+    return ResumableASHA(
         time_attr="epoch",
         metric="proxy",
         mode="max",
@@ -286,7 +297,21 @@ def restore_tuner(plan: SweepPlan, listener: Any) -> tune.Tuner:
     # The listener holds threads and cannot be pickled with the experiment.
     local: Any = tuner._local_tuner
     local.get_run_config().callbacks = [TrialEvents(listener)]
+    scheduler = local._tune_config.scheduler
+    if isinstance(scheduler, ResumableASHA):
+        for trial_id, values in stored_milestones(f"{plan.storage}/{plan.folder}").items():
+            scheduler.recall(trial_id, values)
     return tuner
+
+
+def stored_milestones(folder: str) -> dict[str, dict[int, float]]:
+    """Trial -> epoch -> the pruning metric, from the reports that Tune stored."""
+    found = {}
+    for trial_id, reports in tune.ExperimentAnalysis(folder).trial_dataframes.items():
+        if "proxy" in reports:
+            known = reports.dropna(subset=["proxy"])
+            found[trial_id] = dict(zip(known["epoch"].astype(int), known["proxy"], strict=True))
+    return found
 
 
 def _trainable(plan: SweepPlan) -> Any:
