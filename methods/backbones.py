@@ -1,4 +1,4 @@
-"""The networks that transfer: ResNet-9 of Newell & Deng, ResNet-18/34/50 with torchvision's weights, and timm models.
+"""The networks that transfer: ResNet-9 of Newell & Deng, ResNet-18/34/50, named as in torchvision, and timm models.
 
 Every backbone has the same contract (class ``Backbone``): a map of features, its global average, and its stages in
 order. Nothing of a method (projector, classifier) lives here, so what a checkpoint stores is exactly what transfers.
@@ -11,20 +11,13 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-__all__ = ["BACKBONES", "Backbone", "ResNet9", "Stem", "TimmBackbone", "TorchvisionResNet", "build_backbone"]
+__all__ = ["BACKBONES", "Backbone", "ResNet", "ResNet9", "Stem", "TimmBackbone", "build_backbone"]
 
 Stem = Literal["imagenet", "small"]
 
 TIMM_PREFIX = "timm:"
-# torchvision's block type and number of blocks in layer1..layer4.
-RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-}
-BACKBONES = ("resnet9", *RESNETS)
+BACKBONES = ("resnet9", "resnet18", "resnet34", "resnet50")
 
 
 @runtime_checkable
@@ -55,13 +48,79 @@ def _pool(features_BChw: Tensor) -> Tensor:
     return features_BChw.mean(dim=(2, 3))
 
 
-def _init_conv(conv: nn.Conv2d) -> None:
-    """torchvision's initialisation of convolutions."""
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+def _init_resnet(network: nn.Module, zero_init_residual: bool) -> None:
+    """torchvision's initialisation: He-normal convolutions; on request the last norm of each block starts at zero."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
+            nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight)
 
 
-class TorchvisionResNet(ResNet):
-    """torchvision's ResNet without the classifier: its state dict without ``fc.*`` loads strictly.
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut (He et al., CVPR 2016), parameters named as in torchvision."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = _shortcut(in_channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions around a shortcut, the stride in the 3x3 one ("v1.5"), named as in torchvision."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        out_channels = width * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        return self.relu(self.bn3(self.conv3(out)) + shortcut)
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+    """Projection where the block changes the shape; otherwise the identity."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+
+
+def _stage(
+    block: type[BasicBlock | Bottleneck], in_channels: int, width: int, depth: int, stride: int
+) -> nn.Sequential:
+    """``depth`` blocks, the first with the stride."""
+    rest = [block(width * block.expansion, width) for _ in range(depth - 1)]
+    return nn.Sequential(block(in_channels, width, stride), *rest)
+
+
+class ResNet(nn.Module):
+    """ResNet without the classifier; torchvision's state dict without ``fc.*`` loads strictly.
+
+    Our own modules because torchvision's import costs every worker process seconds (it loads torch's compiler).
 
     The small stem is the usual one for 32 px images: 3x3 convolution of stride 1, no max-pool.
     """
@@ -73,13 +132,19 @@ class TorchvisionResNet(ResNet):
         stem: Stem = "imagenet",
         zero_init_residual: bool = False,
     ) -> None:
-        super().__init__(block, list(layers), num_classes=1, zero_init_residual=zero_init_residual)
-        del self.fc
+        super().__init__()
+        is_small = stem == "small"
+        kernel, stride = (3, 1) if is_small else (7, 2)
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=kernel, stride=stride, padding=kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if is_small else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1 = _stage(block, 64, 64, layers[0], stride=1)
+        self.layer2 = _stage(block, 64 * block.expansion, 128, layers[1], stride=2)
+        self.layer3 = _stage(block, 128 * block.expansion, 256, layers[2], stride=2)
+        self.layer4 = _stage(block, 256 * block.expansion, 512, layers[3], stride=2)
         self.num_features = 512 * block.expansion
-        if stem == "small":
-            self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-            _init_conv(self.conv1)
-            self.maxpool = nn.Identity()
+        _init_resnet(self, zero_init_residual)
 
     @property
     def stages(self) -> list[nn.Module]:
@@ -139,11 +204,7 @@ class ResNet9(nn.Module):
         self.layer2 = nn.Sequential(_ConvBlock(128, 256))
         self.layer3 = nn.Sequential(_ConvBlock(256, 512), BasicBlock(512, 512))
         self.fc = _PixelLinear(512, self.num_features)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                _init_conv(module)
-            if zero_init_residual and isinstance(module, BasicBlock):
-                nn.init.zeros_(module.get_parameter("bn2.weight"))
+        _init_resnet(self, zero_init_residual)
 
     @property
     def stages(self) -> list[nn.Module]:
@@ -159,6 +220,14 @@ class ResNet9(nn.Module):
         # A linear layer commutes with the average over locations, so it is applied to the pooled feature only.
         pooled = _pool(self.layer3(self.layer2(self.layer1(x))))
         return nn.functional.linear(pooled, self.fc.weight, self.fc.bias)
+
+
+# Block and number of blocks in layer1..layer4.
+_RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
 
 
 class TimmBackbone(nn.Module):
@@ -241,7 +310,7 @@ def build_backbone(name: str, stem: Stem = "imagenet", zero_init_residual: bool 
         return _build_timm(name.removeprefix(TIMM_PREFIX), stem)
     if name == "resnet9":
         return ResNet9(stem, zero_init_residual)
-    if name not in RESNETS:
+    if name not in _RESNETS:
         raise ValueError(f"Unknown backbone {name!r}. Choose one of: {', '.join(BACKBONES)}, or {TIMM_PREFIX}NAME.")
-    block, layers = RESNETS[name]
-    return TorchvisionResNet(block, layers, stem, zero_init_residual)
+    block, layers = _RESNETS[name]
+    return ResNet(block, layers, stem, zero_init_residual)

@@ -61,9 +61,9 @@ DRIVER_DEFAULTS: Final[Mapping[str, str]] = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # The commands print their own lines; Tune's newer output ignores verbose=0.
     "RAY_AIR_NEW_OUTPUT": "0",
-    # The objective is reported once, at the end of a trial: intermediate reports lack it (rayjobs/tuning.py).
+    # The objective is reported once, at the end of a trial: intermediate reports lack it (rayjobs/ray_tune.py).
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    # A killed driver loses at most this many seconds of sweep state.
+    # Seconds between saves of the sweep's state; the end of a trial is saved at once.
     "TUNE_GLOBAL_CHECKPOINT_S": "30",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }

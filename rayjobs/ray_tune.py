@@ -194,8 +194,7 @@ class TrialEvents(tune.Callback):
         return {"_listener": None}  # Tune pickles its callbacks; the listener holds threads and is set again on restore
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        number = 1 + next(i for i, other in enumerate(trials) if other.trial_id == trial.trial_id)
-        self._listener.trial_started(trial.trial_id, number, trial.config.get("point", trial.config))
+        self._listener.trial_started(trial.trial_id, trial.config.get("point", trial.config))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict, **info: Any) -> None:
         self._listener.trial_reported(trial.trial_id, result)
@@ -207,20 +206,40 @@ class TrialEvents(tune.Callback):
         self._listener.trial_ended(trial.trial_id, trial.last_result, error=str(trial.get_pickled_error() or "failed"))
 
 
-class ResumableASHA(ASHAScheduler):
+class _SavesAtOnce:
+    """Has Tune save the sweep's state in the very step in which a trial is added or ends.
+
+    A killed driver then repeats no finished trial and forgets none that has started.
+    """
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)  # type: ignore[misc]
+        tune_controller._checkpoint_manager._should_force_sync_up = True
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        super().on_trial_complete(tune_controller, trial, result)  # type: ignore[misc]
+        tune_controller._checkpoint_manager._should_force_sync_up = True
+
+
+class ResumableFIFO(_SavesAtOnce, FIFOScheduler):
+    """No pruning."""
+
+
+class ResumableASHA(_SavesAtOnce, ASHAScheduler):
     """ASHA that can be given the results of an earlier start of the sweep, which Tune 2.60 forgets."""
 
     def recall(self, trial_id: str, values: Mapping[int, float]) -> None:
         """Fill the rungs with a trial's metric after each of its milestones (epoch -> value)."""
         trial: Any = SimpleNamespace(trial_id=trial_id)
+        sign = 1.0 if self._mode == "max" else -1.0
         for epoch, value in sorted(values.items()):
-            self._brackets[0].on_result(trial, epoch, self._metric_op * value)
+            self._brackets[0].on_result(trial, epoch, sign * value)
 
 
 def _scheduler(plan: SweepPlan, epochs: int) -> Any:
     rungs = milestones(epochs)
     if not plan.prune or not rungs:
-        return FIFOScheduler()
+        return ResumableFIFO()
     return ResumableASHA(
         time_attr="epoch",
         metric="proxy",
@@ -258,6 +277,7 @@ def build_tuner(plan: SweepPlan, space: SearchSpace, context: SpaceContext, list
             max_concurrent_trials=plan.max_concurrent,
             search_alg=search,
             scheduler=_scheduler(plan, epochs),
+            reuse_actors=True,  # a new process costs seconds of imports
         ),
         run_config=_run_config(plan, listener),
     )
@@ -268,7 +288,13 @@ def build_points_tuner(plan: SweepPlan, points: list[dict[str, Any]], listener: 
     return tune.Tuner(
         _trainable(plan),
         param_space={"point": tune.grid_search(points)},
-        tune_config=tune.TuneConfig(max_concurrent_trials=plan.max_concurrent, metric="objective", mode="max"),
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=plan.max_concurrent,
+            metric="objective",
+            mode="max",
+            scheduler=ResumableFIFO(),
+            reuse_actors=True,
+        ),
         run_config=_run_config(plan, listener),
     )
 

@@ -149,7 +149,7 @@ def _run_points(sweep: _Sweep, plan: SweepPlan, points: list[dict[str, Any]], la
     stored = sweep.local / f"{plan.folder}.json"
     if stored.is_file():
         return json.loads(stored.read_text())
-    log = TrialLog(plan, sweep.tracker, sweep.parent, sweep.console, label, len(points))
+    log = TrialLog(plan, sweep.tracker, sweep.parent, sweep.console, label, len(points), _numbers_file(sweep, plan))
     tuner = build_points_tuner(plan, points, log)
     rows = _fit(tuner, plan, log, len(points))
     failed = [row for row in rows if row["outcome"] != "finished"]
@@ -173,7 +173,9 @@ def _baseline(sweep: _Sweep) -> list[dict[str, Any]]:
 def _search(sweep: _Sweep) -> list[dict[str, Any]]:
     setup = sweep.setup
     plan = sweep.plan(setup.base, "tune")
-    log = TrialLog(plan, sweep.tracker, sweep.parent, sweep.console, "trial", plan.num_trials)
+    log = TrialLog(
+        plan, sweep.tracker, sweep.parent, sweep.console, "trial", plan.num_trials, _numbers_file(sweep, plan)
+    )
     if can_restore(plan):
         tuner = restore_tuner(plan, log)
     else:
@@ -181,10 +183,15 @@ def _search(sweep: _Sweep) -> list[dict[str, Any]]:
     return _fit(tuner, plan, log, plan.num_trials)
 
 
+def _numbers_file(sweep: _Sweep, plan: SweepPlan) -> Path:
+    return sweep.local / f"{plan.folder}-numbers.json"
+
+
 def _fit(tuner: Any, plan: SweepPlan, log: TrialLog, expected: int) -> list[dict[str, Any]]:
     """Run Tune and turn its results into plain rows; Tune swallows Ctrl-C, so an incomplete grid means one."""
     grid = tuner.fit()
-    rows = [_row(plan, trial, i + 1) for i, trial in enumerate(grid._experiment_analysis.trials)]
+    trials = sorted(grid._experiment_analysis.trials, key=lambda trial: log.number(trial.trial_id))
+    rows = [_row(plan, trial, log.number(trial.trial_id)) for trial in trials]
     if len(rows) < expected or any(row["outcome"] == "unfinished" for row in rows):
         log.interrupted()
         raise KeyboardInterrupt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,21 +76,39 @@ class TrialLog:
         console: the terminal.
         label: word before the trial number ("trial", "baseline", "confirm").
         total: trials to come.
+        numbers: JSON file of the trials' numbers, which a restored Tune run would count in another order.
     """
 
     def __init__(
-        self, plan: SweepPlan, tracker: Tracker, parent: RunHandle, console: Console, label: str, total: int
+        self,
+        plan: SweepPlan,
+        tracker: Tracker,
+        parent: RunHandle,
+        console: Console,
+        label: str,
+        total: int,
+        numbers: Path,
     ) -> None:
         self._plan, self._tracker, self._parent, self._console = plan, tracker, parent, console
         self._label, self._total = label, total
         self._runs: dict[str, RunHandle] = {}
-        self._numbers: dict[str, int] = {}
+        self._numbers_file = numbers
+        self._numbers: dict[str, int] = json.loads(numbers.read_text()) if numbers.is_file() else {}
         self._names: dict[str, str] = {}
         self._ended: set[str] = set()
 
-    def trial_started(self, trial_id: str, number: int, sampled: Mapping[str, Any]) -> None:
-        """Open (or, after a resume, reopen) the run of the sweep's ``number``-th trial."""
-        self._numbers[trial_id] = number
+    def number(self, trial_id: str) -> int:
+        """The trial's number, from 1 in the order of the first starts."""
+        if trial_id not in self._numbers:
+            self._numbers[trial_id] = len(self._numbers) + 1
+            temporary = self._numbers_file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self._numbers))
+            os.replace(temporary, self._numbers_file)
+        return self._numbers[trial_id]
+
+    def trial_started(self, trial_id: str, sampled: Mapping[str, Any]) -> None:
+        """Open (or, after a resume, reopen) a trial's run."""
+        number = self.number(trial_id)
         config = trial_config(self._plan, sampled)
         is_baseline = config.train.epochs == 0
         name = trial_name("random_init" if is_baseline else config.method, number)

@@ -65,8 +65,8 @@ def running_head(
     # Sockets below it must stay under 108 characters, which pytest's own folders do not.
     folder = Path(tempfile.mkdtemp(prefix="ray"))
     # Jobs run the `python` that the head finds on its PATH.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    variables = {**os.environ, "PATH": path, **(environment or {})}
+    variables = {**os.environ, **(environment or {})}
+    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]])
     try:
         for _ in range(START_ATTEMPTS):
             ports = free_ports(5)

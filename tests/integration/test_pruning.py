@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from ray import tune
@@ -32,7 +33,7 @@ def test_a_restored_sweep_prunes_against_the_trials_before(value, action):
     for trial_id, values in VALUES.items():
         scheduler.recall(trial_id, values)
     for each in (forgetful, scheduler):
-        each.on_trial_add(None, new)  # type: ignore[arg-type]
+        each.on_trial_add(MagicMock(), new)  # type: ignore[arg-type]
     assert forgetful.on_trial_result(None, new, result) == TrialScheduler.CONTINUE  # type: ignore[arg-type]
     assert scheduler.on_trial_result(None, new, result) == action  # type: ignore[arg-type]
 

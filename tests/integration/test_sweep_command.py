@@ -75,7 +75,8 @@ def test_killed_driver_resumes_without_repeating_finished_trials(images, tmp_pat
     arguments += ["--no-prune"]
     log = tmp_path / "first.log"
     process = start("sweep", arguments, environment(tmp_path), log)
-    wait_for(lambda: len(re.findall(r"trial +\d+/4 .*finished", log.read_text())) >= 1, process, log)
+    # The next trial starts in a later step than the end of the first, which is saved by then.
+    wait_for(lambda: re.search(r"finished(.|\n)*trial +3/4 .*started", log.read_text()), process, log)
     process.kill()
     process.wait()
     before = {r.data.tags["trial_id"]: r for r in mlflow_runs(tmp_path, "killed") if r.info.status == "FINISHED"}
@@ -85,6 +86,8 @@ def test_killed_driver_resumes_without_repeating_finished_trials(images, tmp_pat
     assert [t["outcome"] for t in results["trials"]] == ["finished"] * 4
     runs = [r for r in mlflow_runs(tmp_path, "killed") if r.data.tags["kind"] == "trial"]
     assert len(runs) == 4, "a resumed trial continues its own run"
+    names = {t["trial_id"]: t["name"] for t in results["trials"]}
+    assert {r.data.tags["trial_id"]: r.info.run_name for r in runs} == names, "trials keep their numbers"
     assert all(r.info.status == "FINISHED" for r in runs)
     kept = [r for r in runs if r.data.tags["trial_id"] in before]
     assert kept
