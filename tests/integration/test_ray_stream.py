@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -200,93 +199,6 @@ def test_a_wrong_epoch_or_size_is_an_error(ray_cluster, packed):
     one_worker = dataset_for_two(packed, world_size=1, batch_size=BATCH, start_epoch=1)
     for message in read_shards(packed, one_worker, BATCH // 2, failure):
         assert f"with {BATCH} images instead of" in message
-
-
-def train_loop(config: dict[str, Any]) -> None:
-    """Records every batch; fails once in the middle of epoch 2."""
-    import tempfile
-
-    import ray.train
-
-    context = ray.train.get_context()
-    rank, folder = context.get_world_rank(), Path(config["folder"])
-    start = 0
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as directory:
-            start = json.loads((Path(directory) / "state").read_text())["epoch"]
-    stream = RayDataStream.from_shard(
-        ray.train.get_dataset_shard("train"),
-        config["split"],
-        VIEWS,
-        rank=rank,
-        batch_size=BATCH // 2,
-        world_size=context.get_world_size(),
-        **SETTINGS,
-    )
-    for epoch in range(start, config["epochs"]):
-        for step, batch in enumerate(stream.epoch(epoch)):
-            with open(folder / f"rank{rank}-start{start}", "a") as file:
-                file.write(json.dumps(signature(batch)) + "\n")
-            if epoch == 2 and step == 4 and start == 0:
-                raise ValueError("the worker fails in the middle of epoch 2")
-        with tempfile.TemporaryDirectory() as directory:
-            (Path(directory) / "state").write_text(json.dumps({"epoch": epoch + 1}))
-            checkpoint = ray.train.Checkpoint.from_directory(directory) if rank == 0 else None
-            ray.train.report({"epoch": epoch + 1}, checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{epoch + 1}")
-
-
-class TrainData:
-    """Makes the dataset at every start of the workers, from the newest checkpoint's epoch on."""
-
-    def __init__(self, packed, run: Path, epochs: int) -> None:
-        self.split, self.run, self.epochs = packed[0], run, epochs
-
-    def __call__(self):
-        set_small_windows(setattr)  # in Ray Train's controller process
-        finished = [int(path.name.removeprefix("epoch_")) for path in self.run.glob("epoch_*")]
-        return make_train_dataset(
-            self.split,
-            VIEWS,
-            batch_size=BATCH // 2,
-            world_size=2,
-            start_epoch=max(finished, default=0),
-            num_epochs=self.epochs,
-            **SETTINGS,
-        )
-
-
-def test_two_train_workers_resume_with_identical_batches(ray_cluster, packed, tmp_path):
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    epochs = 4
-    TorchTrainer(
-        train_loop,
-        train_loop_config={"folder": str(tmp_path), "split": packed[0], "epochs": epochs},
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
-        run_config=ray.train.RunConfig(
-            name="run",
-            storage_path=str(tmp_path),
-            failure_config=ray.train.FailureConfig(max_failures=1, controller_failure_limit=3),
-        ),
-        datasets={"train": TrainData(packed, tmp_path / "run", epochs)},
-        dataset_config=train_data_config(2),
-    ).fit()
-
-    def records(start: int) -> list[list[Any]]:
-        files = [tmp_path / f"rank{rank}-start{start}" for rank in range(2)]
-        return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-
-    uninterrupted, resumed = records(0), records(2)
-    assert [len(rank) for rank in resumed] == [2 * 9] * 2, "both ranks get the same number of batches"
-    for before, after in zip(uninterrupted, resumed, strict=True):
-        assert after[:4] == before[18:22], "the batches of epoch 2 before the failure and after it"
-    whole = make_stream(packed, num_epochs=epochs)
-    expected = [batch.index.tolist() for epoch in range(epochs) for batch in whole.epoch(epoch)]
-    ranks = [before[:18] + after for before, after in zip(uninterrupted, resumed, strict=True)]
-    joined = [a[1] + b[1] for a, b in zip(*ranks, strict=True)]
-    assert joined == expected, "every epoch as in one process with the same global batch"
 
 
 def test_clear_errors(packed):

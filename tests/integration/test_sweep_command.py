@@ -1,8 +1,9 @@
-"""Whole sweeps: submitted as a job, killed and resumed, on several nodes, and on nodes that the sweep makes appear."""
+"""Whole sweeps: submitted as a job to a cluster that grows with its demand, interrupted, killed and resumed."""
 
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from tests.integration.commands import TINY, environment, mlflow_runs, results_of, run, start, wait_for
 from tests.integration.fake_autoscaler import NodeType, autoscaling_cluster
-from tests.integration.heads import ROOT, running_head
+from tests.integration.heads import ROOT
 from tests.rayjobs.conftest import write_images
 
 pytestmark = pytest.mark.cluster
@@ -28,11 +29,12 @@ def options(images: Path, folder: Path, name: str, *more: str) -> list[str]:
     return ["--data", f"folder:{images}", *TINY, *TASKS, "--name", name, "--output", str(folder / "results"), *more]
 
 
-def test_submitted_job_runs_a_sweep_and_confirms_the_winner(images, tmp_path):
+def test_submitted_job_sweeps_on_nodes_that_its_demand_adds(images, tmp_path):
+    """The head offers no CPUs: each of two concurrent trials needs a node, which the autoscaler starts."""
     arguments = options(images, tmp_path, "job", "--methods", "supervised", "moco_v2", "--num-trials", "3")
     arguments += ["--epochs", "2", "--confirm", "2"]
     own = environment(tmp_path)
-    with running_head(num_cpus=2, environment=own) as head:
+    with autoscaling_cluster({"train": NodeType({"CPU": 1}, max_workers=2)}, environment=own) as head:
         command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.dashboard]
         command += ["--working-dir", str(ROOT), "--", "python", "rayjobs/sweep.py", *arguments]
         done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=600, check=False)
@@ -70,52 +72,40 @@ def check_mlflow(folder: Path, results: dict) -> None:
     assert not any(name.startswith("test/") for name in best.data.metrics), "a trial must not see test data"
 
 
-def test_killed_driver_resumes_without_repeating_finished_trials(images, tmp_path):
-    arguments = options(images, tmp_path, "killed", "--methods", "supervised", "--num-trials", "4", "--epochs", "2")
+def test_interrupted_and_killed_sweep_repeats_nothing_finished(images, tmp_path):
+    arguments = options(images, tmp_path, "killed", "--methods", "supervised", "--num-trials", "4", "--epochs", "3")
     arguments += ["--no-prune"]
-    log = tmp_path / "first.log"
-    process = start("sweep", arguments, environment(tmp_path), log)
+    variables = environment(tmp_path)
+    log = tmp_path / "interrupted.log"
+    process = start("sweep", arguments, variables, log)
+    wait_for(lambda: re.search(r"trial .*epoch 1", log.read_text()), process, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130, log.read_text()[-3000:]
+    assert "--resume --name killed" in log.read_text()
+    trials = [r for r in mlflow_runs(tmp_path, "killed") if r.data.tags["kind"] == "trial"]
+    assert {r.info.status for r in trials} == {"KILLED"}
+    first_names = {r.data.tags["trial_id"]: r.info.run_name for r in trials}
+
+    resumed = ["--resume", "--name", "killed", "--output", str(tmp_path / "results")]
+    log = tmp_path / "killed.log"
+    process = start("sweep", resumed, variables, log)
     # The next trial starts in a later step than the end of the first, which is saved by then.
     wait_for(lambda: re.search(r"finished(.|\n)*trial +3/4 .*started", log.read_text()), process, log)
     process.kill()
     process.wait()
     before = {r.data.tags["trial_id"]: r for r in mlflow_runs(tmp_path, "killed") if r.info.status == "FINISHED"}
-    resumed = ["--resume", "--name", "killed", "--output", str(tmp_path / "results")]
-    text = run("sweep", resumed, environment(tmp_path), tmp_path / "second.log")
+
+    text = run("sweep", resumed, variables, tmp_path / "resumed.log")
     results = results_of(tmp_path / "results" / "killed")
     assert [t["outcome"] for t in results["trials"]] == ["finished"] * 4
     runs = [r for r in mlflow_runs(tmp_path, "killed") if r.data.tags["kind"] == "trial"]
     assert len(runs) == 4, "a resumed trial continues its own run"
     names = {t["trial_id"]: t["name"] for t in results["trials"]}
     assert {r.data.tags["trial_id"]: r.info.run_name for r in runs} == names, "trials keep their numbers"
+    assert first_names.items() <= names.items()
     assert all(r.info.status == "FINISHED" for r in runs)
     kept = [r for r in runs if r.data.tags["trial_id"] in before]
     assert kept
     for after in kept:
         assert after.info.end_time == before[after.data.tags["trial_id"]].info.end_time
     assert "baseline" not in text.split("Objective")[1].split("Trials by")[0], "the baseline is not repeated"
-
-
-def test_interrupted_sweep_says_how_to_resume(images, tmp_path):
-    import signal
-
-    arguments = options(images, tmp_path, "stopped", "--methods", "supervised", "--num-trials", "3", "--epochs", "40")
-    log = tmp_path / "log"
-    process = start("sweep", arguments, environment(tmp_path), log)
-    wait_for(lambda: re.search(r"trial .*epoch 1", log.read_text()), process, log)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 130, log.read_text()[-3000:]
-    assert "--resume --name stopped" in log.read_text()
-    assert {r.info.status for r in mlflow_runs(tmp_path, "stopped")} <= {"KILLED", "FINISHED"}
-
-
-def test_sweep_on_nodes_that_its_own_demand_adds(images, tmp_path):
-    """Head without CPUs; trials of two workers each need two one-CPU nodes, which the autoscaler starts."""
-    arguments = options(images, tmp_path, "grown", "--methods", "simsiam", "--num-trials", "1", "--epochs", "1")
-    arguments += ["--num-workers", "2"]
-    with autoscaling_cluster({"train": NodeType({"CPU": 1}, max_workers=2)}) as head:
-        variables = environment(tmp_path, RAY_ADDRESS=head.address)
-        text = run("sweep", arguments, variables, tmp_path / "log")
-    results = results_of(tmp_path / "results" / "grown")
-    assert [t["outcome"] for t in results["trials"]] == ["finished"], text[-3000:]
-    assert results["best"]["config"]["train"]["num_workers"] == 2
