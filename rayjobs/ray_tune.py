@@ -348,4 +348,7 @@ def _trainable(plan: SweepPlan) -> Any:
     resources: dict[str, float] = {"CPU": settings.cpus_per_worker}
     if settings.use_gpu:
         resources["GPU"] = 1
-    return tune.with_resources(trainable, resources)
+    selector = next(iter(plan.jobs.values())).placement.train
+    if selector is None:
+        return tune.with_resources(trainable, resources)
+    return tune.with_resources(trainable, tune.PlacementGroupFactory([resources], bundle_label_selector=[selector]))
