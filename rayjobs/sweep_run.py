@@ -167,7 +167,8 @@ def _baseline(sweep: _Sweep) -> list[dict[str, Any]]:
     """The randomly initialised backbone, as runs of their own: what pretraining has to beat."""
     config = sweep.setup.config
     seeds = [config.train.seed + i for i in range(max(1, config.confirm))]
-    base = {"supervised": preset("supervised", config.train, config.data)}
+    train = replace(config.train, num_workers=1)  # nothing is trained: a process group would only cost time
+    base = {"supervised": preset("supervised", train, config.data)}
     plan = sweep.plan(base, "baseline", phases=("val", "test"), num_trials=len(seeds))
     return _run_points(sweep, plan, [{"epochs": 0, "seed": seed} for seed in seeds], "baseline")
 
