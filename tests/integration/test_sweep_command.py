@@ -119,15 +119,3 @@ def test_sweep_on_nodes_that_its_own_demand_adds(images, tmp_path):
     results = results_of(tmp_path / "results" / "grown")
     assert [t["outcome"] for t in results["trials"]] == ["finished"], text[-3000:]
     assert results["best"]["config"]["train"]["num_workers"] == 2
-
-
-def test_sweep_on_nodes_that_its_own_demand_adds(images, tmp_path):
-    """The head offers no CPUs: each of two concurrent trials needs a node, which the autoscaler starts."""
-    arguments = options(images, tmp_path, "grown", "--methods", "simsiam", "--num-trials", "2", "--epochs", "1")
-    with autoscaling_cluster({"train": NodeType({"CPU": 1}, max_workers=2, labels={"role": "train"})}) as head:
-        variables = environment(tmp_path, RAY_ADDRESS=head.address)
-        text = run("sweep", arguments, variables, tmp_path / "log")
-    results = results_of(tmp_path / "results" / "grown")
-    assert [t["outcome"] for t in results["trials"]] == ["finished"] * 2, text[-3000:]
-    starts = re.search(r"trial +1/2 .*started(.|\n)*?finished", text)
-    assert starts and "trial  2/2" in starts[0], "both trials run at once, on a node each"
