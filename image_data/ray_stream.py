@@ -199,6 +199,7 @@ class RayDataStream:
         drop_last: bool = True,
         prefetch: int = 2,
         backend: Literal["fused", "torchvision"] = "fused",
+        label_selector: dict[str, str] | None = None,
         shard: ray.data.DataIterator | None = None,
     ) -> None:
         """Set up the stream; Ray Data starts with ``epoch``.
@@ -217,6 +218,7 @@ class RayDataStream:
             drop_last: False also delivers the last, incomplete batch; one worker only.
             prefetch: batches fetched into this process ahead of the consumer, beside those that tasks make ahead.
             backend: ``fused`` kernel or the slow ``torchvision`` reference.
+            label_selector: node labels of where the tasks of an own dataset run; None is anywhere.
             shard: this worker's shard of ``make_train_dataset``; None makes a dataset of its own.
 
         Raises:
@@ -248,6 +250,7 @@ class RayDataStream:
             shuffle=shuffle,
             drop_last=drop_last,
             backend=backend,
+            label_selector=label_selector,
         )
         self._tables: Iterator[pa.Table] | None = None
         self._next = (0, 0)  # epoch and step of the table that self._tables gives next

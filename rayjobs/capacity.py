@@ -14,11 +14,12 @@ from typing import Any, Final
 __all__ = [
     "ClusterInfo",
     "NodeGroup",
+    "Placement",
     "check_resources",
     "full_size",
     "head_resource",
     "max_concurrent_trials",
-    "role_selector",
+    "placement",
     "worker_slots",
 ]
 
@@ -71,6 +72,19 @@ class ClusterInfo:
         return _total(self.nodes, resource)
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Node labels of where work runs; None is anywhere.
+
+    Attributes:
+        train: of training and evaluation.
+        data: of Ray Data's tasks.
+    """
+
+    train: dict[str, str] | None = None
+    data: dict[str, str] | None = None
+
+
 def head_resource() -> dict[str, float]:
     """Resource request that pins an actor or trial driver to the head, which is never a spot node, at no cost."""
     return {HEAD_RESOURCE: 0.001}
@@ -118,16 +132,26 @@ def max_concurrent_trials(info: ClusterInfo, num_workers: int, resources_per_wor
     Tune does not see what a trial reserves inside, so that without this limit every trial would start and they would
     block each other.
     """
-    return max(1, worker_slots(info.largest, resources_per_worker) // max(1, num_workers))
+    groups = _of_role(info.largest, "train")
+    return max(1, worker_slots(groups, resources_per_worker) // max(1, num_workers))
 
 
-def role_selector(info: ClusterInfo, role: str) -> dict[str, str] | None:
-    """Label selector for work of a role ("data" or "train"); None where no node of the cluster has that role.
+def placement(info: ClusterInfo) -> Placement:
+    """Training on nodes labelled ``role: train``, Ray Data on ``role: data``, wherever a cluster has such nodes.
 
     ``cluster.yaml`` labels its nodes so; on a laptop everything runs everywhere.
     """
     groups = (*info.nodes, *info.largest)
-    return {"role": role} if any(group.labels.get("role") == role for group in groups) else None
+
+    def selector(role: str) -> dict[str, str] | None:
+        return {"role": role} if any(group.labels.get("role") == role for group in groups) else None
+
+    return Placement(selector("train"), selector("data"))
+
+
+def _of_role(groups: Sequence[NodeGroup], role: str) -> Sequence[NodeGroup]:
+    """The nodes that work of this role may use: those with its label, or all where no node has it."""
+    return [group for group in groups if group.labels.get("role") == role] or groups
 
 
 def worker_slots(groups: Sequence[NodeGroup], need: Mapping[str, float]) -> int:
@@ -162,11 +186,13 @@ def _slots(resources: Mapping[str, float], need: Mapping[str, float]) -> int:
 def _fits(groups: Sequence[NodeGroup], workers: int, need: Mapping[str, float], uses_ray_data: bool) -> bool:
     """Whether the workers can be placed, packed node by node as Ray does, with a whole CPU left for Ray Data."""
     left, spare = workers, 0
+    training, data = _of_role(groups, "train"), _of_role(groups, "data")
     for group in groups:
         for _ in range(group.count):
-            here = min(left, _slots(group.resources, need))
+            here = min(left, _slots(group.resources, need)) if group in training else 0
             left -= here
-            spare += math.floor(group.resources.get("CPU", 0) - here * need.get("CPU", 0) + 1e-6)
+            if group in data:
+                spare += math.floor(group.resources.get("CPU", 0) - here * need.get("CPU", 0) + 1e-6)
     return left == 0 and (spare >= 1 or not uses_ray_data)
 
 

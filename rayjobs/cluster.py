@@ -29,7 +29,7 @@ from rayjobs.capacity import (
     full_size,
     head_resource,
     max_concurrent_trials,
-    role_selector,
+    placement,
 )
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
     "connect",
     "head_resource",
     "max_concurrent_trials",
-    "role_selector",
+    "placement",
     "shutdown",
     "worker_environment",
 ]

@@ -15,6 +15,7 @@ from image_data.prepared import PreparedData
 from image_data.store import DecodedStore
 from image_data.stream import MemoryStream
 from methods import METHODS
+from rayjobs.capacity import Placement
 from rayjobs.configs import PretrainConfig, TrainConfig
 from rayjobs.train_loop import Reporter, Stream, Worker, method_context, train
 from rayjobs.transfer import TaskConfigs, evaluate_backbone
@@ -33,6 +34,7 @@ class Job:
         probe_tasks: cheap downstream tasks measured on validation data at ``probe_epochs``.
         probe_epochs: epochs (from 1) after which the probe runs.
         probe_metric: which of the probe's metrics is reported as ``proxy``.
+        placement: node labels of where the work runs.
     """
 
     config: PretrainConfig
@@ -41,6 +43,7 @@ class Job:
     probe_tasks: TaskConfigs
     probe_epochs: tuple[int, ...] = ()
     probe_metric: str = ""
+    placement: Placement = Placement()  # noqa: RUF009 - frozen
 
 
 def run_job(job: Job, worker: Worker, reporter: Reporter, shard: Any = None) -> PreparedData:
@@ -56,7 +59,7 @@ def run_job(job: Job, worker: Worker, reporter: Reporter, shard: Any = None) -> 
     data = local_data(job.data, job.config)
     info = data.split("train")
     context = method_context(job.config, len(info.class_names), info.num_images)
-    stream = _stream(job.config, data, worker, shard)
+    stream = _stream(job, data, worker, shard)
 
     def probe(backbone: nn.Module, epoch: int) -> dict[str, float]:
         result = evaluate_backbone(
@@ -122,8 +125,8 @@ def uses_memory(config: TrainConfig, data: PreparedData, split: str = "train") -
     return data.split(split).decoded_bytes <= config.memory_limit_gb * 2**30
 
 
-def _stream(config: PretrainConfig, data: PreparedData, worker: Worker, shard: Any) -> Stream:
-    settings = config.train
+def _stream(job: Job, data: PreparedData, worker: Worker, shard: Any) -> Stream:
+    config, settings = job.config, job.config.train
     info = data.split("train")
     common: dict[str, Any] = dict(
         image_size=settings.image_size,
@@ -141,4 +144,7 @@ def _stream(config: PretrainConfig, data: PreparedData, worker: Worker, shard: A
 
     if shard is not None:
         return RayDataStream.from_shard(shard, info, view_recipes(config), **common)
-    return RayDataStream(info, view_recipes(config), num_epochs=settings.epochs or None, **common)
+    selector = job.placement.data
+    return RayDataStream(
+        info, view_recipes(config), num_epochs=settings.epochs or None, label_selector=selector, **common
+    )

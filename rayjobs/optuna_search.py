@@ -34,6 +34,8 @@ class PruneAwareOptunaSearch(OptunaSearch):
         if value is None or not math.isfinite(value):
             return
         trial, epoch = self._ot_trials[trial_id], int(result["epoch"])  # type: ignore[index]
+        if epoch in trial.study._storage.get_trial(trial._trial_id).intermediate_values:
+            return  # a resumed trial passes its last milestone again
         trial.report(float(value), epoch)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from image_data.prepare import DataConfig, prepare
 from image_data.prepared import PreparedData
 from methods import METHODS, method_spec
 from methods.optimizers import OptimizerConfig
+from rayjobs.capacity import Placement, placement
 from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, option_value, quiet_libraries, user_errors
 from rayjobs.configs import PretrainConfig, TrainConfig
 from rayjobs.job import Job, uses_memory, view_recipes
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.resume and not has_run:
         console.print(f"Nothing to resume in {target}: starting from epoch 0.")
     try:
-        _run(options, config, data, target, console)
+        _run(options, config, data, placement(cluster), target, console)
     except KeyboardInterrupt:
         console.print(f"\nInterrupted. Continue with the same command and --resume (run folder {target}).")
         sys.exit(EXIT_INTERRUPTED)
@@ -137,7 +138,9 @@ def _local_cpus(config: PretrainConfig, data: PreparedData) -> int | None:
     return max(os.cpu_count() or 1, math.ceil(wanted))
 
 
-def _run(options: Options, config: PretrainConfig, data: PreparedData, target: str, console: Console) -> None:
+def _run(
+    options: Options, config: PretrainConfig, data: PreparedData, where: Placement, target: str, console: Console
+) -> None:
     from rayjobs.checkpoint import copy_checkpoint, local_directory
     from rayjobs.configs import config_hash, to_dict
     from rayjobs.ray_train import ProgressPoller, build_trainer, fit
@@ -145,7 +148,7 @@ def _run(options: Options, config: PretrainConfig, data: PreparedData, target: s
     from rayjobs.trial_log import flat_parameters, log_epoch
 
     record = run_record(config, data)
-    job = Job(config, record, data, probe_tasks={})
+    job = Job(config, record, data, probe_tasks={}, placement=where)
     journal = Path(target if "://" not in target else resolve_output("results")) / "mlflow-pending.jsonl"
     tracker = Tracker(options.experiment, journal, log=console.print)
     tags = {"key": target, "kind": "pretrain", "method": config.method, "config_hash": config_hash(config)}

@@ -148,7 +148,10 @@ def build_trainer(
         train_loop_config={"job": job, "board": board},
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=resources
+            num_workers=settings.num_workers,
+            use_gpu=settings.use_gpu,
+            resources_per_worker=resources,
+            label_selector=job.placement.train,
         ),
         run_config=ray.train.RunConfig(
             name=name,
@@ -193,6 +196,7 @@ class _DatasetFactory:
             # A finished run is started once more to report its last metrics; it reads no batch.
             start_epoch=min(latest_epoch(self._storage, self._name), config.train.epochs - 1),
             num_epochs=config.train.epochs,
+            label_selector=self._job.placement.data,
         )
 
 

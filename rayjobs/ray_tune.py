@@ -207,14 +207,23 @@ class TrialEvents(tune.Callback):
 
 
 class _SavesAtOnce:
-    """Has Tune save the sweep's state in the very step in which a trial is added or ends.
+    """Has Tune save the sweep's state before a new trial starts, and in the step in which a trial ends.
 
-    A killed driver then repeats no finished trial and forgets none that has started.
+    A killed driver then forgets no trial that has started and repeats none that has finished.
     """
+
+    _has_new_trial = False
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)  # type: ignore[misc]
-        tune_controller._checkpoint_manager._should_force_sync_up = True
+        self._has_new_trial = True
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        # Tune asks after it has added trials (also those of a restored sweep, all of them) and before it starts any.
+        if self._has_new_trial:
+            self._has_new_trial = False
+            tune_controller._tune_controller.checkpoint(force=True, wait=True)  # past a wrapper that warns
+        return super().choose_trial_to_run(tune_controller)  # type: ignore[misc]
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         super().on_trial_complete(tune_controller, trial, result)  # type: ignore[misc]
@@ -348,4 +357,7 @@ def _trainable(plan: SweepPlan) -> Any:
     resources: dict[str, float] = {"CPU": settings.cpus_per_worker}
     if settings.use_gpu:
         resources["GPU"] = 1
-    return tune.with_resources(trainable, resources)
+    selector = next(iter(plan.jobs.values())).placement.train
+    if selector is None:
+        return tune.with_resources(trainable, resources)
+    return tune.with_resources(trainable, tune.PlacementGroupFactory([resources], bundle_label_selector=[selector]))

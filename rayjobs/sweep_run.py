@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from image_data.prepared import PreparedData
-from rayjobs.capacity import ClusterInfo, max_concurrent_trials
+from rayjobs.capacity import ClusterInfo, max_concurrent_trials, placement
 from rayjobs.configs import PretrainConfig, from_dict, preset, to_dict
 from rayjobs.job import Job
 from rayjobs.places import resolve_output
@@ -65,13 +65,15 @@ class _Sweep:
         self.local.mkdir(parents=True, exist_ok=True)
         settings = config.train
         resources = {"CPU": settings.cpus_per_worker, "GPU": float(settings.use_gpu)}
+        self.placement = placement(cluster)
         self.max_concurrent = max_concurrent_trials(cluster, settings.num_workers, resources)
         self.tracker = Tracker(config.name, self.local / "mlflow-pending.jsonl", log=console.print)
         self.parent = self.tracker.run(config.name, {"key": config.name, "kind": "sweep"})
 
     def job(self, config: PretrainConfig, probe_epochs: tuple[int, ...]) -> Job:
         setup = self.setup
-        return Job(config, run_record(config, self.data), self.data, setup.probe, probe_epochs, setup.probe_metric)
+        record = run_record(config, self.data)
+        return Job(config, record, self.data, setup.probe, probe_epochs, setup.probe_metric, self.placement)
 
     def plan(self, base: Mapping[str, PretrainConfig], folder: str, **changes: Any) -> SweepPlan:
         setup, config = self.setup, self.setup.config
@@ -165,7 +167,8 @@ def _baseline(sweep: _Sweep) -> list[dict[str, Any]]:
     """The randomly initialised backbone, as runs of their own: what pretraining has to beat."""
     config = sweep.setup.config
     seeds = [config.train.seed + i for i in range(max(1, config.confirm))]
-    base = {"supervised": preset("supervised", config.train, config.data)}
+    train = replace(config.train, num_workers=1)  # nothing is trained: a process group would only cost time
+    base = {"supervised": preset("supervised", train, config.data)}
     plan = sweep.plan(base, "baseline", phases=("val", "test"), num_trials=len(seeds))
     return _run_points(sweep, plan, [{"epochs": 0, "seed": seed} for seed in seeds], "baseline")
 
@@ -251,7 +254,7 @@ def _test_best(sweep: _Sweep, best: Mapping[str, Any]) -> dict[str, Any]:
 
     sweep_tasks, data = sweep.setup.tasks, sweep.data
     remote = ray.remote(num_cpus=settings.cpus_per_worker, num_gpus=float(settings.use_gpu))(evaluate)
-    result = ray.get(remote.remote())
+    result = ray.get(remote.options(label_selector=sweep.placement.train or {}).remote())
     _write(stored, {"trial_id": best["trial_id"], "result": result})
     return result
 

@@ -10,7 +10,16 @@ import socket
 import pytest
 
 from rayjobs import capacity, cluster
-from rayjobs.capacity import ClusterInfo, NodeGroup, check_resources, full_size, max_concurrent_trials, worker_slots
+from rayjobs.capacity import (
+    ClusterInfo,
+    NodeGroup,
+    Placement,
+    check_resources,
+    full_size,
+    max_concurrent_trials,
+    placement,
+    worker_slots,
+)
 
 HEAD = NodeGroup({"CPU": 0, capacity.HEAD_RESOURCE: 1.0})
 CONFIG = {
@@ -178,12 +187,18 @@ def test_concurrent_trials_follow_the_workers_that_fit():
     assert max_concurrent_trials(fixed(HEAD), 1, {"CPU": 1}) == 1
 
 
-def test_roles_are_those_that_nodes_have_or_will_have():
-    assert capacity.role_selector(fixed(NodeGroup({"CPU": 2})), "train") is None
-    assert capacity.role_selector(fixed(NodeGroup({"CPU": 2}, labels={"role": "data"})), "data") == {"role": "data"}
+def test_work_goes_to_nodes_of_its_role_where_there_are_such():
+    assert placement(fixed(NodeGroup({"CPU": 2}))) == Placement()
+    data = NodeGroup({"CPU": 2}, labels={"role": "data"})
+    assert placement(fixed(data)) == Placement(data={"role": "data"})
     info = growing(full_size((HEAD,), CONFIG))
-    assert capacity.role_selector(info, "train") == {"role": "train"}
-    assert capacity.role_selector(info, "data") is None
+    assert placement(info) == Placement(train={"role": "train"})
+    train = NodeGroup({"CPU": 4}, labels={"role": "train"})
+    both = fixed(data, train)
+    assert max_concurrent_trials(both, 1, {"CPU": 1}) == 4, "training does not use the data node"
+    check_resources(both, 4, 1, 0, uses_ray_data=True)
+    with pytest.raises(ValueError, match="Not enough"):
+        check_resources(both, 5, 1, 0, uses_ray_data=False)
 
 
 def test_multi_node_means_now_or_later():

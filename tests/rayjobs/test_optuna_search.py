@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 
 from optuna.trial import TrialState
 
@@ -43,6 +44,16 @@ def test_each_ending_has_its_state():
     trials = search._ot_study.trials
     assert trials[0].value == 55.0
     assert trials[1].intermediate_values == {1: 40.0, 2: 30.0}
+
+
+def test_a_milestone_passed_again_after_a_resume_is_no_news():
+    search = make()
+    search.suggest("a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            search.on_trial_result("a", {"epoch": 1, "proxy": 40.0, "training_iteration": 1})
+    assert search._ot_study.trials[0].intermediate_values == {1: 40.0}
 
 
 def test_reports_without_the_objective_are_fine():
