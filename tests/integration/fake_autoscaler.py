@@ -38,15 +38,12 @@ class NodeType:
 
 
 @contextmanager
-def autoscaling_cluster(
-    types: Mapping[str, NodeType], idle_seconds: float = 60, environment: Mapping[str, str] | None = None
-) -> Iterator[Head]:
+def autoscaling_cluster(types: Mapping[str, NodeType], idle_seconds: float = 60) -> Iterator[Head]:
     """A head that takes no tasks and adds nodes of these types when tasks, actors or placement groups wait.
 
     Args:
         types: the kinds of nodes by name.
         idle_seconds: how long a node without work is kept.
-        environment: further environment variables of the nodes, which their workers inherit.
     """
 
     def options(head: Head) -> dict[str, str]:
@@ -54,15 +51,14 @@ def autoscaling_cluster(
         path.write_text(json.dumps(_config(types, head.address, idle_seconds)))
         return {"autoscaling-config": str(path)}
 
-    variables = {
-        **(environment or {}),
+    environment = {
         "RAY_FAKE_CLUSTER": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
     }
-    with running_head(0, options, variables) as head:
+    with running_head(0, options, environment) as head:
         yield head
 
 

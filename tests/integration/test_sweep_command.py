@@ -1,4 +1,4 @@
-"""Whole sweeps: submitted as a job to a cluster that grows with its demand, interrupted, killed and resumed."""
+"""Whole sweeps: submitted as a job, interrupted, killed and resumed, and on nodes that the sweep makes appear."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.commands import TINY, environment, mlflow_runs, results_of, run, start, wait_for
 from tests.integration.fake_autoscaler import NodeType, autoscaling_cluster
-from tests.integration.heads import ROOT
+from tests.integration.heads import ROOT, running_head
 from tests.rayjobs.conftest import write_images
 
 pytestmark = pytest.mark.cluster
@@ -29,12 +29,11 @@ def options(images: Path, folder: Path, name: str, *more: str) -> list[str]:
     return ["--data", f"folder:{images}", *TINY, *TASKS, "--name", name, "--output", str(folder / "results"), *more]
 
 
-def test_submitted_job_sweeps_on_nodes_that_its_demand_adds(images, tmp_path):
-    """The head offers no CPUs: each of two concurrent trials needs a node, which the autoscaler starts."""
+def test_submitted_job_runs_a_sweep_and_confirms_the_winner(images, tmp_path):
     arguments = options(images, tmp_path, "job", "--methods", "supervised", "moco_v2", "--num-trials", "3")
     arguments += ["--epochs", "2", "--confirm", "2"]
     own = environment(tmp_path)
-    with autoscaling_cluster({"train": NodeType({"CPU": 1}, max_workers=2)}, environment=own) as head:
+    with running_head(num_cpus=2, environment=own) as head:
         command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.dashboard]
         command += ["--working-dir", str(ROOT), "--", "python", "rayjobs/sweep.py", *arguments]
         done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=600, check=False)
@@ -109,3 +108,16 @@ def test_interrupted_and_killed_sweep_repeats_nothing_finished(images, tmp_path)
     for after in kept:
         assert after.info.end_time == before[after.data.tags["trial_id"]].info.end_time
     assert "baseline" not in text.split("Objective")[1].split("Trials by")[0], "the baseline is not repeated"
+
+
+def test_sweep_on_nodes_that_its_own_demand_adds(images, tmp_path):
+    """The head offers no CPUs: each of two concurrent trials needs a node, which the autoscaler starts."""
+    arguments = options(images, tmp_path, "grown", "--methods", "simsiam", "--num-trials", "2", "--epochs", "1")
+    with autoscaling_cluster({"train": NodeType({"CPU": 1}, max_workers=2, labels={"role": "train"})}) as head:
+        variables = environment(tmp_path, RAY_ADDRESS=head.address)
+        text = run("sweep", arguments, variables, tmp_path / "log")
+    results = results_of(tmp_path / "results" / "grown")
+    assert [t["outcome"] for t in results["trials"]] == ["finished"] * 2, text[-3000:]
+    first = re.search(r"trial +1/2 .*started(.|\n)*?finished", text)
+    assert first
+    assert "trial  2/2" in first[0], "both trials run at once, on a node each"
