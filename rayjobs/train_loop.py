@@ -119,12 +119,14 @@ def _feature_map_side(backbone: str, stem: Literal["imagenet", "small"], image_s
 
 def build_method(config: PretrainConfig, context: MethodContext) -> Any:
     """The method with a freshly initialised backbone; the same weights for the same seed on every worker."""
-    spec = METHODS[config.method]
+    return METHODS[config.method].method(config.method_config, _fresh_backbone(config), context)
+
+
+def _fresh_backbone(config: PretrainConfig) -> Any:
+    """The backbone as training starts with it; seeds torch."""
     torch.manual_seed(config.train.seed)
-    backbone = build_backbone(
-        config.train.backbone, resolve_stem(config.train), zero_init_residual=spec.zero_init_residual
-    )
-    return spec.method(config.method_config, backbone, context)
+    zero_init = METHODS[config.method].zero_init_residual
+    return build_backbone(config.train.backbone, resolve_stem(config.train), zero_init_residual=zero_init)
 
 
 def train(
@@ -153,8 +155,7 @@ def train(
         TrainingDiverged: NaN or infinite loss.
     """
     if config.train.epochs == 0:
-        method = build_method(config, context)
-        saver = _saver(config, record, method.backbone, None)
+        saver = _saver(config, record, _fresh_backbone(config), None)  # a method may not fit the data; nothing needs it
         reporter.report({"epoch": 0}, saver if worker.rank == 0 else None)
         return
     training = _prepare(config, context, stream, worker)
