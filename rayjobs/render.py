@@ -1,6 +1,6 @@
 """Draw a contact sheet of the rendered data set: every class, and the targets of one image per category.
 
-python rayjobs/render.py --output sheet.png [--image-size 96] [--seed 0] [--factors 0110] [--examples 2]
+python rayjobs/render.py --output sheet.png [--image-size 96] [--seed 0] [--factors 0100] [--examples 2]
 """
 
 from __future__ import annotations
