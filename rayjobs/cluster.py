@@ -53,6 +53,8 @@ PROJECT_ROOT: Final = Path(__file__).resolve().parents[1]
 # Set unless the user chose otherwise.
 DRIVER_DEFAULTS: Final[Mapping[str, str]] = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Workers that a private cluster starts ahead lack our environment: seconds of imports for processes nobody uses.
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_DATA_USE_DATASOURCE_V2": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Workers print nothing themselves; the patch would double what a library prints.

@@ -7,6 +7,7 @@ import os
 os.environ.update(
     RAY_AUTH_MODE="disabled",  # ray.init turns token authentication on, which the job submission client does not read
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_prestart_worker_first_driver="0",
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     RAY_DATA_USE_DATASOURCE_V2="0",  # starts up to 32 footer readers for every execution
     RAY_TRAIN_ENABLE_PRINT_PATCH="0",

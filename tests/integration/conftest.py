@@ -1,4 +1,5 @@
-"""One Ray cluster for all integration tests, and a check that no test leaves resources behind."""
+"""One Ray cluster inside the tests' process, another as a user starts it, and a check that no test leaves resources
+behind."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.integration.heads import Head, running_head
 
 REPOSITORY = str(Path(__file__).parents[2])
 RELEASE_SECONDS = 30  # a stopped trial's placement group is removed by a poller, within a few seconds
@@ -33,6 +36,13 @@ def ray_cluster() -> Iterator[Any]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[Head]:
+    """A head started from the command line, which the commands under test join; 3 logical CPUs."""
+    with running_head(num_cpus=3) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

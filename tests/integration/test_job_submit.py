@@ -3,20 +3,14 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.integration.heads import ROOT, Head, running_head
+from tests.integration.heads import ROOT, Head
 
 pytestmark = pytest.mark.cluster
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    with running_head(num_cpus=2) as running:
-        yield running
 
 
 def submit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 from ray._private.services import psutil  # Ray's own copy
@@ -22,28 +23,29 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images") / "tree")
 
 
-def workers_of(driver: int) -> list[psutil.Process]:
-    """Train workers of the driver's private cluster."""
+def train_workers(folder: Path) -> list[psutil.Process]:
+    """Train workers of the cluster whose files are in this folder."""
     found = []
-    for process in psutil.Process(driver).children(recursive=True):
+    for process in psutil.process_iter():
         try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            is_worker = "RayTrainWorker" in " ".join(process.cmdline())
+            if is_worker and any(str(folder) in file.path for file in process.open_files()):
                 found.append(process)
         except psutil.Error:
             continue
     return found
 
 
-def test_worker_killed_mid_run_gives_the_same_weights(images, tmp_path):
+def test_worker_killed_mid_run_gives_the_same_weights(head, images, tmp_path):
     """Through Ray Data, the harder case: Ray Train must start the data anew at the epoch of the checkpoint."""
-    variables = environment(tmp_path)
-    arguments = [*BASE, "--data", f"folder:{images}", "--stream", "ray", "--epochs", "6"]
+    variables = environment(tmp_path, RAY_ADDRESS=head.address)
+    arguments = [*BASE, "--data", f"folder:{images}", "--stream", "ray", "--epochs", "4"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run("pretrain", [*arguments, "--output", str(whole)], variables, tmp_path / "whole.log")
     log = tmp_path / "killed.log"
     process = start("pretrain", [*arguments, "--output", str(killed)], variables, log)
-    wait_for((killed / "train" / "epoch_00002").exists, process, log)
-    victims = workers_of(process.pid)
+    wait_for((killed / "train" / "epoch_00001").exists, process, log)
+    victims = train_workers(head.folder)
     assert len(victims) >= 2, log.read_text()
     victims[-1].send_signal(signal.SIGKILL)
     assert process.wait(300) == 0, log.read_text()[-5000:]
@@ -51,8 +53,8 @@ def test_worker_killed_mid_run_gives_the_same_weights(images, tmp_path):
     assert (whole / name).read_bytes() == (killed / name).read_bytes()
 
 
-def test_evaluate_writes_metrics_protocol_and_record(images, tmp_path):
-    variables = environment(tmp_path)
+def test_evaluate_writes_metrics_protocol_and_record(head, images, tmp_path):
+    variables = environment(tmp_path, RAY_ADDRESS=head.address)
     data = ["--data", f"folder:{images}", *TINY]
     random = ["--method", "moco_v2", *data, "--epochs", "0", "--output", str(tmp_path / "random")]
     run("pretrain", random, variables, tmp_path / "pretrain.log")

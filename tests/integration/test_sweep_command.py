@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -12,12 +13,13 @@ import pytest
 
 from tests.integration.commands import TINY, environment, mlflow_runs, results_of, run, start, wait_for
 from tests.integration.fake_autoscaler import NodeType, autoscaling_cluster
-from tests.integration.heads import ROOT, running_head
+from tests.integration.heads import ROOT
 from tests.rayjobs.conftest import write_images
 
 pytestmark = pytest.mark.cluster
 
-TASKS = ["--tasks", "few_shot", "knn"]
+# Two trials at once on three CPUs.
+COMMON = ["--tasks", "few_shot", "knn", "--cpus-per-worker", "1.5"]
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +28,17 @@ def images(tmp_path_factory):
 
 
 def options(images: Path, folder: Path, name: str, *more: str) -> list[str]:
-    return ["--data", f"folder:{images}", *TINY, *TASKS, "--name", name, "--output", str(folder / "results"), *more]
+    return ["--data", f"folder:{images}", *TINY, *COMMON, "--name", name, "--output", str(folder / "results"), *more]
 
 
-def test_submitted_job_runs_a_sweep_and_confirms_the_winner(images, tmp_path):
+def test_submitted_job_runs_a_sweep_and_confirms_the_winner(head, images, tmp_path):
     arguments = options(images, tmp_path, "job", "--methods", "supervised", "moco_v2", "--num-trials", "3")
     arguments += ["--epochs", "2", "--confirm", "2"]
-    own = environment(tmp_path)
-    with running_head(num_cpus=2, environment=own) as head:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.dashboard]
-        command += ["--working-dir", str(ROOT), "--", "python", "rayjobs/sweep.py", *arguments]
-        done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=600, check=False)
+    own = {name: environment(tmp_path)[name] for name in ("PRETRANSFER_CACHE", "MLFLOW_TRACKING_URI")}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.dashboard]
+    command += ["--working-dir", str(ROOT), "--runtime-env-json", json.dumps({"env_vars": own})]
+    command += ["--", "python", "rayjobs/sweep.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     results = results_of(tmp_path / "results" / "job")
     assert len(results["trials"]) == 3
@@ -71,10 +73,10 @@ def check_mlflow(folder: Path, results: dict) -> None:
     assert not any(name.startswith("test/") for name in best.data.metrics), "a trial must not see test data"
 
 
-def test_interrupted_and_killed_sweep_repeats_nothing_finished(images, tmp_path):
+def test_interrupted_and_killed_sweep_repeats_nothing_finished(head, images, tmp_path):
     arguments = options(images, tmp_path, "killed", "--methods", "supervised", "--num-trials", "4", "--epochs", "3")
     arguments += ["--no-prune"]
-    variables = environment(tmp_path)
+    variables = environment(tmp_path, RAY_ADDRESS=head.address)
     log = tmp_path / "interrupted.log"
     process = start("sweep", arguments, variables, log)
     wait_for(lambda: re.search(r"trial .*epoch 1", log.read_text()), process, log)
@@ -113,6 +115,7 @@ def test_interrupted_and_killed_sweep_repeats_nothing_finished(images, tmp_path)
 def test_sweep_on_nodes_that_its_own_demand_adds(images, tmp_path):
     """The head offers no CPUs: each of two concurrent trials needs a node, which the autoscaler starts."""
     arguments = options(images, tmp_path, "grown", "--methods", "simsiam", "--num-trials", "2", "--epochs", "1")
+    arguments += ["--cpus-per-worker", "1"]
     with autoscaling_cluster({"train": NodeType({"CPU": 1}, max_workers=2, labels={"role": "train"})}) as head:
         variables = environment(tmp_path, RAY_ADDRESS=head.address)
         text = run("sweep", arguments, variables, tmp_path / "log")
