@@ -16,7 +16,7 @@ def test_trials_of_two_workers_span_two_nodes(tmp_path):
 
     images = write_images(tmp_path / "tree")
     arguments = options(images, tmp_path, "nodes", "--methods", "exemplar_v2", "--num-trials", "1")
-    arguments += ["--epochs", "2", "--num-workers", "2"]
+    arguments += ["--epochs", "2", "--num-workers", "2", "--cpus-per-worker", "1"]
     head = {"num_cpus": 0, "object_store_memory": 100 * 2**20, "include_dashboard": True, "dashboard_port": 0}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
