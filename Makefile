@@ -35,16 +35,18 @@ help:
 sweep: $(RUNTIME)
 	$(BIN)/python rayjobs/sweep.py $(ARGS)
 
-# Two processes at once: the tests marked `cluster` start Ray clusters of their own and mostly wait for processes to
-# start, one after the other. A selection by ARGS may leave one of the two empty (exit status 5).
-CLUSTER_LOG := $(VENV)/cluster-tests.log
+# Three processes, the first beside the two others: the tests marked `commands` run whole commands and mostly wait for
+# processes to start, one after the other; those marked `cluster` start Ray clusters of their own, which must not run in
+# the process of the session's cluster. A selection by ARGS may leave some of them empty (exit status 5).
+COMMANDS_LOG := $(VENV)/commands-tests.log
 test: $(TESTING)
-	@trap 'kill $$cluster 2>/dev/null' EXIT INT TERM; \
-	$(BIN)/python -m pytest -m cluster $(ARGS) > $(CLUSTER_LOG) 2>&1 & cluster=$$!; \
-	$(BIN)/python -m pytest -m "not cluster" $(ARGS); first=$$?; \
-	echo 'Tests with Ray clusters of their own (running since the start) ...'; \
-	wait $$cluster; second=$$?; cat $(CLUSTER_LOG); \
-	for code in $$first $$second; do \
+	@trap 'kill $$commands 2>/dev/null' EXIT INT TERM; \
+	$(BIN)/python -m pytest -m commands $(ARGS) > $(COMMANDS_LOG) 2>&1 & commands=$$!; \
+	$(BIN)/python -m pytest -m "not cluster and not commands" $(ARGS); first=$$?; \
+	$(BIN)/python -m pytest -m cluster $(ARGS); second=$$?; \
+	echo 'Tests of whole commands (running since the start) ...'; \
+	wait $$commands; third=$$?; cat $(COMMANDS_LOG); \
+	for code in $$first $$second $$third; do \
 		[ $$code -eq 0 ] || { [ -n "$(ARGS)" ] && [ $$code -eq 5 ]; } || exit $$code; done
 
 # One worker process: SQLite has one writer.

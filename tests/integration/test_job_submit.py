@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.heads import ROOT, Head
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.commands
 
 
 def submit(

@@ -12,7 +12,7 @@ from ray._private.services import psutil  # Ray's own copy
 from tests.integration.commands import TINY, environment, run, start, wait_for
 from tests.rayjobs.conftest import write_images
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.commands
 
 BASE = ["--method", "exemplar_v2", "--queue-size", "64", "--num-workers", "2", "--cpus-per-worker", "1", *TINY]
 BASE += ["--checkpoint-every", "1"]

@@ -16,8 +16,6 @@ from tests.integration.fake_autoscaler import NodeType, autoscaling_cluster
 from tests.integration.heads import ROOT
 from tests.rayjobs.conftest import write_images
 
-pytestmark = pytest.mark.cluster
-
 # Two trials at once on three CPUs.
 COMMON = ["--tasks", "few_shot", "knn", "--cpus-per-worker", "1.5"]
 
@@ -31,6 +29,7 @@ def options(images: Path, folder: Path, name: str, *more: str) -> list[str]:
     return ["--data", f"folder:{images}", *TINY, *COMMON, "--name", name, "--output", str(folder / "results"), *more]
 
 
+@pytest.mark.commands
 def test_submitted_job_runs_a_sweep_and_confirms_the_winner(head, images, tmp_path):
     arguments = options(images, tmp_path, "job", "--methods", "supervised", "moco_v2", "--num-trials", "3")
     arguments += ["--epochs", "2", "--confirm", "2"]
@@ -73,6 +72,7 @@ def check_mlflow(folder: Path, results: dict) -> None:
     assert not any(name.startswith("test/") for name in best.data.metrics), "a trial must not see test data"
 
 
+@pytest.mark.commands
 def test_interrupted_and_killed_sweep_repeats_nothing_finished(head, images, tmp_path):
     arguments = options(images, tmp_path, "killed", "--methods", "supervised", "--num-trials", "4", "--epochs", "3")
     arguments += ["--no-prune"]
@@ -112,6 +112,7 @@ def test_interrupted_and_killed_sweep_repeats_nothing_finished(head, images, tmp
     assert "baseline" not in text.split("Objective")[1].split("Trials by")[0], "the baseline is not repeated"
 
 
+@pytest.mark.cluster
 def test_sweep_on_nodes_that_its_own_demand_adds(images, tmp_path):
     """The head offers no CPUs: each of two concurrent trials needs a node, which the autoscaler starts."""
     arguments = options(images, tmp_path, "grown", "--methods", "simsiam", "--num-trials", "2", "--epochs", "1")
