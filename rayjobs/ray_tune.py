@@ -314,7 +314,7 @@ def _run_config(plan: SweepPlan, listener: Any) -> tune.RunConfig:
         storage_path=plan.storage,
         verbose=0,
         callbacks=[TrialEvents(listener)],
-        failure_config=tune.FailureConfig(max_failures=1),
+        failure_config=tune.FailureConfig(max_failures=next(iter(plan.base.values())).train.max_failures),
         checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
     )
 
