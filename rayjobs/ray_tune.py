@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from evaluation import Phase
 from rayjobs.capacity import head_resource
@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 REDUCTION_FACTOR = 2  # ASHA keeps the better half at each milestone
+STARTUP_TRIALS = 3  # that pass a milestone unjudged: against a single trial, half of all good settings would stop
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ class SweepPlan:
 
 
 def milestones(epochs: int) -> tuple[int, ...]:
-    """Epochs at which trials are compared: a quarter of the run, then every doubling (ASHA rungs with factor 2)."""
-    first = max(1, epochs // 4)
+    """Epochs at which trials are compared: a quarter of the run but at least two epochs, then every doubling (ASHA
+    rungs with factor 2). After the first epoch hardly anything is learned."""
+    first = max(1, min(2, epochs - 1), epochs // 4)
     found = []
     while first < epochs:
         found.append(first)
@@ -235,7 +237,15 @@ class ResumableFIFO(_SavesAtOnce, FIFOScheduler):
 
 
 class ResumableASHA(_SavesAtOnce, ASHAScheduler):
-    """ASHA that can be given the results of an earlier start of the sweep, which Tune 2.60 forgets."""
+    """ASHA that judges nobody before some trials have passed the milestone, and that can be given the results of an
+    earlier start of the sweep, which Tune 2.60 forgets."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        before = sum(
+            len(recorded) for milestone, recorded in self._brackets[0]._rungs if milestone == result.get("epoch")
+        )
+        action = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if before < STARTUP_TRIALS else action
 
     def recall(self, trial_id: str, values: Mapping[int, float]) -> None:
         """Fill the rungs with a trial's metric after each of its milestones (epoch -> value)."""

@@ -29,7 +29,8 @@ class SweepConfig:
         num_trials: trials to run.
         objective: downstream metric to optimise; empty takes the space's. Measured on validation data.
         tasks: downstream tasks measured for every finished trial; empty takes the space's.
-        prune: stop trials that fall behind after a quarter of the epochs, and at every doubling of that (ASHA).
+        prune: stop trials that fall behind after a quarter of the epochs (at least 2), and at every doubling (ASHA;
+            the first 3 trials at each of these epochs go on).
         confirm: retrain the winner with this many new seeds and report the test split.
         name: name of the sweep: folder under --output and MLflow experiment; empty makes one from the time.
         output: folder (or URI that all nodes reach) of results and checkpoints.

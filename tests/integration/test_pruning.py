@@ -12,7 +12,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from rayjobs.ray_tune import ResumableASHA, stored_milestones
 
-VALUES = {"good": {1: 60.0, 2: 70.0}, "bad": {1: 20.0}, "silent": {}}
+VALUES = {"good": {1: 60.0, 2: 70.0}, "bad": {1: 20.0}, "fair": {1: 50.0}, "silent": {}}
 
 
 def trial(config: dict[str, Any]) -> None:
@@ -36,6 +36,16 @@ def test_a_restored_sweep_prunes_against_the_trials_before(value, action):
         each.on_trial_add(MagicMock(), new)  # type: ignore[arg-type]
     assert forgetful.on_trial_result(None, new, result) == TrialScheduler.CONTINUE  # type: ignore[arg-type]
     assert scheduler.on_trial_result(None, new, result) == action  # type: ignore[arg-type]
+
+
+def test_the_first_trials_at_a_milestone_go_on():
+    scheduler = make_scheduler()
+    actions = []
+    for i, value in enumerate((60.0, 50.0, 40.0, 30.0)):
+        new: Any = SimpleNamespace(trial_id=str(i))
+        scheduler.on_trial_add(MagicMock(), new)
+        actions.append(scheduler.on_trial_result(None, new, {"epoch": 1, "proxy": value}))  # type: ignore[arg-type]
+    assert actions == [TrialScheduler.CONTINUE] * 3 + [TrialScheduler.STOP]
 
 
 def test_milestones_are_read_from_what_tune_stored(ray_cluster, tmp_path):
