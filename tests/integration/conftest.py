@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.heads import Head, running_head
+from tests.integration.heads import Head, running_head, start_cluster
 
 REPOSITORY = str(Path(__file__).parents[2])
 RELEASE_SECONDS = 30  # a stopped trial's placement group is removed by a poller, within a few seconds
@@ -22,10 +22,9 @@ _FORWARDED = ("RAY_DATA_", "RAY_TRAIN_", "TUNE_", "OMP_")
 def ray_cluster() -> Iterator[Any]:
     """A head node with 4 logical CPUs and the dashboard, which removes the placement groups of stopped trials."""
     import ray
-    from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 4, "object_store_memory": 200 * 2**20, "include_dashboard": True, "dashboard_port": 0}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = start_cluster(head)
     forwarded = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
     ray.init(
         address=cluster.address,

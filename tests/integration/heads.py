@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ray._private.services import psutil  # Ray's own copy
 from ray.util import get_node_ip_address
 
-__all__ = ["ROOT", "Head", "free_ports", "run_python", "running_head"]
+__all__ = ["ROOT", "Head", "free_ports", "run_python", "running_head", "start_cluster"]
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180  # 10 s on an idle machine
@@ -82,6 +83,23 @@ def running_head(
     finally:
         _end(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_cluster(*nodes: Mapping[str, Any]) -> Any:
+    """A ``ray.cluster_utils.Cluster`` of these nodes (keyword arguments of ``add_node``), the head first."""
+    from ray.cluster_utils import Cluster
+
+    for attempt in range(START_ATTEMPTS):
+        cluster = Cluster()
+        try:
+            for options in nodes:
+                cluster.add_node(**options)
+            return cluster
+        except Exception as error:
+            cluster.shutdown()
+            if "timed out during startup" not in str(error) or attempt + 1 == START_ATTEMPTS:
+                raise
+    raise AssertionError
 
 
 def run_python(code: str, environment: Mapping[str, str], timeout: float = 420) -> str:
