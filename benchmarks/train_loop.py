@@ -1,6 +1,6 @@
 """What Ray costs a training step: the same loop under Ray Train (and Ray Data) and bare, in one run.
 
-Three sides train MoCo v2 (ResNet-18, rendered images of 64 px, one worker with one core) for the same epochs:
+Three sides train MoCo v2 (ResNet-18, views of 32 px of rendered images, one worker with one core) for the same epochs:
 
 - bare: `train` in a plain process, images from the decoded store;
 - train: the same under Ray Train, images from the decoded store;
@@ -80,14 +80,14 @@ def make_job(data: PreparedData, config: DataConfig, epochs: int, stream: str) -
     train = TrainConfig(
         backbone="resnet18",
         stem="imagenet",
-        image_size=64,
+        image_size=32,
         batch_size=32,
         epochs=epochs,
         checkpoint_every=epochs,
         stream=stream,  # type: ignore[arg-type]
     )
     moco = preset("moco_v2", train, config)
-    return Job(replace(moco, method_config=replace(moco.method_config, queue_size=1024)), {}, data, probe_tasks={})
+    return Job(replace(moco, method_config=replace(moco.method_config, queue_size=512)), {}, data, probe_tasks={})
 
 
 def bare(job: Job) -> list[dict[str, Any]]:
