@@ -52,6 +52,7 @@ def test_milestones_are_read_from_what_tune_stored(ray_cluster, tmp_path):
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": 1}),
         param_space={"point": tune.grid_search(list(VALUES))},
+        tune_config=tune.TuneConfig(max_concurrent_trials=1, reuse_actors=True),  # one process to start
         run_config=tune.RunConfig(name="tune", storage_path=str(tmp_path), verbose=0),
     )
     grid = tuner.fit()
