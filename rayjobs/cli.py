@@ -9,8 +9,9 @@ import sys
 import textwrap
 import typing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from rich.console import Console
@@ -21,7 +22,9 @@ __all__ = [
     "differences",
     "flat",
     "flat_parse",
+    "make_console",
     "option_value",
+    "plain",
     "quiet_libraries",
     "user_errors",
 ]
@@ -84,6 +87,11 @@ def user_errors() -> Iterator[None]:
         width = min(120, max(60, os.get_terminal_size(2).columns if sys.stderr.isatty() else 100))
         print(textwrap.fill(f"error: {error}", width, break_long_words=False), file=sys.stderr)
         sys.exit(EXIT_USAGE)
+
+
+def plain(console: Console) -> Callable[[str], None]:
+    """Print lines as they are: paths are neither wrapped nor read as markup."""
+    return partial(console.print, markup=False, soft_wrap=True)
 
 
 def make_console() -> Console:

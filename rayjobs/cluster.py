@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rayjobs.capacity import (
     ClusterInfo,
@@ -32,6 +33,9 @@ from rayjobs.capacity import (
     placement,
 )
 
+if TYPE_CHECKING:
+    from rayjobs.configs import TrainConfig  # imports torch, which joining a cluster does not need
+
 __all__ = [
     "ClusterInfo",
     "NodeGroup",
@@ -39,6 +43,7 @@ __all__ = [
     "check_dashboard",
     "check_resources",
     "connect",
+    "connect_for",
     "head_resource",
     "max_concurrent_trials",
     "placement",
@@ -57,6 +62,8 @@ DRIVER_DEFAULTS: Final[Mapping[str, str]] = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_DATA_USE_DATASOURCE_V2": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # Otherwise every pass over a split prints its execution plan.
+    "RAY_DATA_LOG_LEVEL": "ERROR",
     # Workers print nothing themselves; the patch would double what a library prints.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # Keep CUDA_VISIBLE_DEVICES of tasks without GPUs as it is: Ray's coming default, and no warning.
@@ -99,7 +106,8 @@ def connect(num_cpus: int | None = None) -> ClusterInfo:
     Call it before anything else imports Ray. A process that is already connected keeps its connection.
 
     Args:
-        num_cpus: logical CPUs of a private cluster; None takes the number of cores.
+        num_cpus: logical CPUs of a private cluster; None takes the number of cores. A cluster that is joined keeps
+            its own.
 
     Raises:
         ValueError: ``RAY_ADDRESS`` cannot be joined, or the cluster's dashboard does not answer.
@@ -122,10 +130,23 @@ def connect(num_cpus: int | None = None) -> ClusterInfo:
         if started_here:
             _start(num_cpus)
         else:
-            _join(address, num_cpus)
+            _join(address)
     info = _describe(started_here)
     check_dashboard(info)
     _warn_of_other_clusters(info.address)
+    return info
+
+
+def connect_for(settings: TrainConfig, uses_ray_data: bool) -> ClusterInfo:
+    """Connect for one run; a private cluster gets the logical CPUs that its workers and Ray Data ask for.
+
+    Raises:
+        ValueError: as ``connect``, or the cluster can never place the run.
+    """
+    wanted = math.ceil(settings.num_workers * settings.cpus_per_worker + uses_ray_data)
+    info = connect(None if settings.use_gpu else max(os.cpu_count() or 1, wanted))
+    gpus = float(settings.use_gpu)
+    check_resources(info, settings.num_workers, settings.cpus_per_worker, gpus, uses_ray_data)
     return info
 
 
@@ -231,14 +252,10 @@ def _start(num_cpus: int | None) -> None:
     assert actual == address, f"The workers were told {address}, but the cluster is at {actual}"
 
 
-def _join(address: str, num_cpus: int | None) -> None:
+def _join(address: str) -> None:
     """Join a running cluster; its authentication is the user's affair and left as it is."""
     import ray
 
-    if num_cpus is not None:
-        logger.warning(
-            "num_cpus=%d has no effect: RAY_ADDRESS names a running cluster, which keeps its CPUs.", num_cpus
-        )
     runtime_env: dict[str, Any] = {"env_vars": worker_environment(os.environ, address)}
     if JOB_CONFIG not in os.environ and _is_checkout():
         runtime_env["working_dir"] = str(PROJECT_ROOT)

@@ -21,7 +21,7 @@ from evaluation import TASKS, Features, Metric
 from image_data.prepare import DataConfig, prepare
 from image_data.prepared import PreparedData
 from rayjobs.checkpoint import load_config, local_directory
-from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, quiet_libraries, user_errors
+from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, plain, quiet_libraries, user_errors
 from rayjobs.configs import PretrainConfig
 from rayjobs.job import uses_memory
 from rayjobs.record import data_record, git_revision, package_versions
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         tasks = task_configs(config.tasks)
         with local_directory(config.checkpoint) as directory:
             pretrain, record = load_config(directory)
-        data = prepare(config.data if config.data.data else pretrain.data, log=console.print)
+        data = prepare(config.data if config.data.data else pretrain.data, log=plain(console))
         check_tasks(tasks, config.phase, data)
     settings = _settings(config, pretrain)
     try:
@@ -122,10 +122,11 @@ def _evaluate(
         return evaluate_backbone(
             backbone.to(device), tasks, config.phase, data, settings, device, config.seed, on_metric=show
         )
-    from rayjobs.cluster import connect, shutdown
+    from rayjobs.cluster import connect_for, shutdown
     from rayjobs.feature_pass import ray_features
 
-    connect()
+    with user_errors():
+        connect_for(settings, uses_ray_data=True)
     try:
 
         def features(split: str) -> Features:
@@ -159,13 +160,13 @@ def _text(metric: Metric) -> str:
 
 
 def _print_table(config: EvaluateConfig, result: TransferResult, console: Console) -> None:
-    table = Table(title=f"{config.checkpoint}, {config.phase} split", title_justify="left")
+    table = Table()
     for name in ("metric", "value", "± 95 %", "n"):
         table.add_column(name, justify="left" if name == "metric" else "right")
     for metric in result.metrics:
         interval = "" if metric.ci95 is None else f"{metric.ci95:.2f}"
         table.add_row(metric.name, f"{metric.value:.2f}", interval, "" if metric.n is None else str(metric.n))
-    console.print()
+    console.print(f"\n{config.checkpoint}, {config.phase} split", markup=False, soft_wrap=True)
     console.print(table)
 
 
@@ -173,7 +174,7 @@ def _log(config: EvaluateConfig, pretrain: PretrainConfig, full: dict[str, Any],
     from rayjobs.tracking import Tracker, default_tracking_uri, tracking_summary
     from rayjobs.trial_log import flat_parameters, log_transfer
 
-    tracker = Tracker(config.experiment, Path("results") / "mlflow-pending.jsonl", log=console.print)
+    tracker = Tracker(config.experiment, Path("results") / "mlflow-pending.jsonl", log=plain(console))
     key = f"{config.checkpoint}/{config.phase}/{full['record']['data']['fingerprint']}/{config.seed}"
     name = f"{pretrain.method} {Path(config.checkpoint).name}"
     run = tracker.run(name, {"key": key, "kind": "evaluate", "method": pretrain.method})

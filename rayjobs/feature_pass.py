@@ -46,6 +46,8 @@ def ray_features(checkpoint: str, split: SplitInfo, settings: TrainConfig) -> Fe
         split: what to read.
         settings: image size; ``num_workers`` actors with ``cpus_per_worker`` CPUs (and a GPU each with ``use_gpu``).
     """
+    from ray.data import ActorPoolStrategy
+
     from image_data.ray_stream import make_train_dataset
 
     dataset = make_train_dataset(
@@ -65,7 +67,7 @@ def ray_features(checkpoint: str, split: SplitInfo, settings: TrainConfig) -> Fe
         fn_constructor_args=(checkpoint, settings.image_size, max(1, int(settings.cpus_per_worker))),
         batch_size=None,
         batch_format="pyarrow",
-        concurrency=settings.num_workers,
+        compute=ActorPoolStrategy(size=settings.num_workers),
         **resources,
     )
     batches: Any = passed.iter_batches(batch_size=None, batch_format="numpy")

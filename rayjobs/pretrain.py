@@ -21,7 +21,7 @@ from image_data.prepared import PreparedData
 from methods import METHODS, method_spec
 from methods.optimizers import OptimizerConfig
 from rayjobs.capacity import Placement, placement
-from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, option_value, quiet_libraries, user_errors
+from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, option_value, plain, quiet_libraries, user_errors
 from rayjobs.configs import PretrainConfig, TrainConfig
 from rayjobs.job import Job, uses_memory, view_recipes
 from rayjobs.places import resolve_output
@@ -56,23 +56,15 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     with user_errors():
         options, config = _parse(arguments)
-        data = prepare(config.data, log=console.print)
+        data = prepare(config.data, log=plain(console))
         _check(config, data)
         target = resolve_output(options.output)
         has_run = _check_target(options, target, config)
 
-    from rayjobs.cluster import check_resources, connect, shutdown
+    from rayjobs.cluster import connect_for, shutdown
 
-    settings = config.train
     with user_errors():
-        cluster = connect(None if settings.use_gpu else _local_cpus(config, data))
-        check_resources(
-            cluster,
-            settings.num_workers,
-            settings.cpus_per_worker,
-            float(settings.use_gpu),
-            uses_ray_data=not uses_memory(settings, data),
-        )
+        cluster = connect_for(config.train, uses_ray_data=not uses_memory(config.train, data))
     if options.resume and not has_run:
         console.print(f"Nothing to resume in {target}: starting from epoch 0.")
     try:
@@ -129,15 +121,6 @@ def _check_target(options: Options, target: str, config: PretrainConfig) -> bool
     return has_run
 
 
-def _local_cpus(config: PretrainConfig, data: PreparedData) -> int | None:
-    """Logical CPUs of a private cluster: as many as the workers ask for, and one for Ray Data where it is used."""
-    import math
-    import os
-
-    wanted = config.train.num_workers * config.train.cpus_per_worker + (not uses_memory(config.train, data))
-    return max(os.cpu_count() or 1, math.ceil(wanted))
-
-
 def _run(
     options: Options, config: PretrainConfig, data: PreparedData, where: Placement, target: str, console: Console
 ) -> None:
@@ -150,7 +133,7 @@ def _run(
     record = run_record(config, data)
     job = Job(config, record, data, probe_tasks={}, placement=where)
     journal = Path(target if "://" not in target else resolve_output("results")) / "mlflow-pending.jsonl"
-    tracker = Tracker(options.experiment, journal, log=console.print)
+    tracker = Tracker(options.experiment, journal, log=plain(console))
     tags = {"key": target, "kind": "pretrain", "method": config.method, "config_hash": config_hash(config)}
     run = tracker.run(Path(target).name, tags)
     run.params(flat_parameters(config))
@@ -178,7 +161,7 @@ def _run(
     finally:
         run.end(status)
         tracker.close(60)
-    console.print(f"\nCheckpoint {target}")
+    console.print(f"\nCheckpoint {target}", soft_wrap=True)
     console.print(f"MLflow     {tracking_summary(default_tracking_uri())}   experiment {options.experiment}")
     console.print(f"Evaluate   python rayjobs/evaluate.py --checkpoint {options.output}", soft_wrap=True)
 

@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # run as a script: the project folder takes the p
 
 
 from image_data.prepare import prepare
-from rayjobs.cli import EXIT_INTERRUPTED, differences, flat_parse, make_console, quiet_libraries, user_errors
+from rayjobs.cli import EXIT_INTERRUPTED, differences, flat_parse, make_console, plain, quiet_libraries, user_errors
 from rayjobs.sweep_config import SweepConfig, prepare_sweep, sweep_defaults
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         config = _named(config)
         _check_folder(config)
         console.print(f"[bold]Sweep {config.name}[/bold]")
-        data = prepare(config.data, log=console.print)
+        data = prepare(config.data, log=plain(console))
         setup = prepare_sweep(config, data)
 
     from rayjobs.cluster import check_resources, connect, shutdown

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from image_data.prepared import PreparedData
 from rayjobs.capacity import ClusterInfo, max_concurrent_trials, placement
+from rayjobs.cli import plain
 from rayjobs.configs import PretrainConfig, from_dict, preset, to_dict
 from rayjobs.job import Job
 from rayjobs.places import resolve_output
@@ -67,7 +68,7 @@ class _Sweep:
         resources = {"CPU": settings.cpus_per_worker, "GPU": float(settings.use_gpu)}
         self.placement = placement(cluster)
         self.max_concurrent = max_concurrent_trials(cluster, settings.num_workers, resources)
-        self.tracker = Tracker(config.name, self.local / "mlflow-pending.jsonl", log=console.print)
+        self.tracker = Tracker(config.name, self.local / "mlflow-pending.jsonl", log=plain(console))
         self.parent = self.tracker.run(config.name, {"key": config.name, "kind": "sweep"})
 
     def job(self, config: PretrainConfig, probe_epochs: tuple[int, ...]) -> Job:

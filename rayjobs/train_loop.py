@@ -253,7 +253,7 @@ def _run_epoch(training: _Training, stream: Stream, epoch: int, reporter: Report
         loss, metrics, lr = _step(training, batch, step, epoch)
         meter.add(step, loss, metrics, lr)
         _check(training, loss, step, is_last=i + 1 == training.steps_per_epoch)
-        if meter.is_due():
+        if meter.is_due() and i + 1 < training.steps_per_epoch:  # the epoch's own report follows the last step
             elapsed = time.perf_counter() - began
             reporter.progress(
                 {
