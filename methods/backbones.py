@@ -117,6 +117,15 @@ def _stage(
     return nn.Sequential(block(in_channels, width, stride), *rest)
 
 
+def _stem(kind: Stem) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+    """Convolution to 64 channels, BatchNorm, ReLU and pooling: what precedes the first stage."""
+    is_small = kind == "small"
+    kernel, stride = (3, 1) if is_small else (7, 2)
+    convolution = nn.Conv2d(3, 64, kernel_size=kernel, stride=stride, padding=kernel // 2, bias=False)
+    pool = nn.Identity() if is_small else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+    return convolution, nn.BatchNorm2d(64), nn.ReLU(inplace=True), pool
+
+
 class ResNet(nn.Module):
     """ResNet without the classifier; torchvision's state dict without ``fc.*`` loads strictly.
 
@@ -133,12 +142,7 @@ class ResNet(nn.Module):
         zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
-        is_small = stem == "small"
-        kernel, stride = (3, 1) if is_small else (7, 2)
-        self.conv1 = nn.Conv2d(3, 64, kernel_size=kernel, stride=stride, padding=kernel // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.Identity() if is_small else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.conv1, self.bn1, self.relu, self.maxpool = _stem(stem)
         self.layer1 = _stage(block, 64, 64, layers[0], stride=1)
         self.layer2 = _stage(block, 64 * block.expansion, 128, layers[1], stride=2)
         self.layer3 = _stage(block, 128 * block.expansion, 256, layers[2], stride=2)
@@ -194,12 +198,7 @@ class ResNet9(nn.Module):
 
     def __init__(self, stem: Stem = "small", zero_init_residual: bool = False) -> None:
         super().__init__()
-        is_small = stem == "small"
-        kernel, stride = (3, 1) if is_small else (7, 2)
-        self.conv1 = nn.Conv2d(3, 64, kernel_size=kernel, stride=stride, padding=kernel // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.Identity() if is_small else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.conv1, self.bn1, self.relu, self.maxpool = _stem(stem)
         self.layer1 = nn.Sequential(_ConvBlock(64, 128), BasicBlock(128, 128))
         self.layer2 = nn.Sequential(_ConvBlock(128, 256))
         self.layer3 = nn.Sequential(_ConvBlock(256, 512), BasicBlock(512, 512))

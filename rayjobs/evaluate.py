@@ -156,7 +156,12 @@ def _record(config: EvaluateConfig, pretrain_record: dict[str, Any], data: Prepa
 def _text(metric: Metric) -> str:
     interval = "" if metric.ci95 is None else f" ± {metric.ci95:.2f}"
     count = "" if metric.n is None else f"   n = {metric.n}"
-    return f"{metric.value:.2f}{interval}{count}"
+    return f"{_value(metric)}{interval}{count}"
+
+
+def _value(metric: Metric) -> str:
+    """Two decimals beside an interval; four digits for the rest, learning rates among them."""
+    return f"{metric.value:.4g}" if metric.ci95 is None else f"{metric.value:.2f}"
 
 
 def _print_table(config: EvaluateConfig, result: TransferResult, console: Console) -> None:
@@ -165,7 +170,7 @@ def _print_table(config: EvaluateConfig, result: TransferResult, console: Consol
         table.add_column(name, justify="left" if name == "metric" else "right")
     for metric in result.metrics:
         interval = "" if metric.ci95 is None else f"{metric.ci95:.2f}"
-        table.add_row(metric.name, f"{metric.value:.2f}", interval, "" if metric.n is None else str(metric.n))
+        table.add_row(metric.name, _value(metric), interval, "" if metric.n is None else str(metric.n))
     console.print(f"\n{config.checkpoint}, {config.phase} split", markup=False, soft_wrap=True)
     console.print(table)
 

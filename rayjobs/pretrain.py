@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,8 @@ def _print_progress(item: dict[str, Any], config: PretrainConfig, console: Conso
         return
     head = f"epoch {item['epoch']:>6.2f}/{config.train.epochs}  step {item['step']:>6}  loss {item['loss']:.4f}"
     rate = f"{item['images_per_second']:.0f} images/s  data wait {item['data_wait_percent']:.0f} %"
-    left = config.train.epochs - item["epoch"]
-    seconds = left * item.get("epoch_seconds", 0)
-    eta = f"  ETA {int(seconds // 60)}:{int(seconds % 60):02d}" if item["kind"] == "report" else ""
-    console.print(f"{head}  {rate}{eta}")
+    seconds = int((config.train.epochs - item["epoch"]) * item["epoch_seconds"])
+    console.print(f"{head}  {rate}  ETA {timedelta(seconds=seconds)}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from rayjobs.configs import PretrainConfig, config_hash, resolve_stem
 __all__ = ["Reporter", "Stream", "TrainingDiverged", "Worker", "build_method", "method_context", "train"]
 
 CURVE_POINTS_PER_EPOCH = 10
+FIRST_PROGRESS_SECONDS, PROGRESS_SECONDS = 2.0, 10.0  # within an epoch
 GPU_CHECK_EVERY = 50  # steps between looks at the loss on a GPU, where each look waits for the device
 
 
@@ -263,6 +264,7 @@ def _run_epoch(training: _Training, stream: Stream, epoch: int, reporter: Report
                     "learning_rate": lr,
                     "images_per_second": (i + 1) * training.config.train.batch_size / elapsed,
                     "data_wait_percent": 100 * (stream.wait_seconds - waited_before) / elapsed,
+                    "epoch_seconds": elapsed * training.steps_per_epoch / (i + 1),
                 }
             )
     elapsed = time.perf_counter() - began
@@ -342,7 +344,7 @@ class _Meter:
         self._every = max(1, steps // CURVE_POINTS_PER_EPOCH)
         self._points: list[tuple[int, Tensor, float]] = []
         self._sums: dict[str, Tensor] = {}
-        self._shown = time.perf_counter()
+        self._due = time.perf_counter() + FIRST_PROGRESS_SECONDS
 
     def add(self, step: int, loss: Tensor, metrics: dict[str, Tensor], lr: float) -> None:
         self.count += 1
@@ -352,9 +354,9 @@ class _Meter:
             self._points.append((step + 1, loss, lr))
 
     def is_due(self) -> bool:
-        if time.perf_counter() - self._shown < 2.0:
+        if time.perf_counter() < self._due:
             return False
-        self._shown = time.perf_counter()
+        self._due = time.perf_counter() + PROGRESS_SECONDS
         return True
 
     def means(self) -> dict[str, float]:
