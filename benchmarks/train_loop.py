@@ -122,7 +122,7 @@ def main() -> None:
     """Run all sides and print one JSON line for each comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer images, epochs and rounds")
-    plan = Plan(0.3, 3, 1) if parser.parse_args().quick else Plan(0.5, 4, 3)
+    plan = Plan(0.2, 3, 1) if parser.parse_args().quick else Plan(0.3, 4, 3)
     config = DataConfig(data=("rendered:?image_size=64",), subset=SubsetConfig(fraction=plan.fraction))
     data = prepare(config, log=lambda text: print(text, file=sys.stderr))
 

@@ -140,16 +140,29 @@ class LoggingMaker(BlockMaker):
             yield table
 
 
+class CountingRest(ray_stream._RestWhenIdle):
+    """Counts the steps of Ray's scheduling loop in this process."""
+
+    steps = 0
+
+    def on_execution_step(self, executor):
+        CountingRest.steps += 1
+        super().on_execution_step(executor)
+
+
 def test_a_slow_consumer_holds_the_tasks_back(ray_cluster, packed, tmp_path, monkeypatch):
     log = tmp_path / "blocks"
     log.touch()
     monkeypatch.setattr(ray_stream, "BlockMaker", partial(LoggingMaker, log=str(log)))
+    monkeypatch.setattr(ray_stream, "_RestWhenIdle", CountingRest)
     stream = make_stream(packed, num_epochs=40)
     batches = stream.epoch(0)
     next(batches)
+    before = CountingRest.steps
     time.sleep(4)
-    made = len(log.read_text())
+    made, steps = len(log.read_text()), CountingRest.steps - before
     batches.close()
+    assert steps <= 4.5 / ray_stream.REST_SECONDS, f"the scheduling loop ran {steps} times in 4 s"
     assert 3 <= made <= 60, f"{made} of 360 batches were made for a consumer that took one"
 
 
@@ -159,9 +172,13 @@ def read_shards(packed, dataset, batch_size: int, plan) -> list[Any]:
     settings = SETTINGS | {"batch_size": batch_size, "world_size": 2}
     streams = [RayDataStream.from_shard(s, packed[0], VIEWS, rank=r, **settings) for r, s in enumerate(shards)]
     with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(plan, stream) for stream in streams]
         try:
-            return list(pool.map(plan, streams))
+            return [run.result() for run in runs]
         finally:
+            for run, stream in zip(runs, streams, strict=True):
+                if run.done():
+                    stream.close()  # while the coordinator lives: an iterator that ends later would start a Ray
             ray.kill(shards[0]._coord_actor)  # type: ignore[attr-defined] - what the end of its workers does in a run
 
 
