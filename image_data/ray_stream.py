@@ -49,8 +49,8 @@ TASKS_PER_EXECUTION = 1000  # each costs the planner about 1 ms before the first
 # enough for some tens of tasks whose batches wait for their turn.
 AHEAD_BYTES = 8 * 2**30
 
-# Ray's scheduling loop rests this long when it has nothing to move.
-REST_SECONDS = 0.02
+# Rests of Ray's scheduling loop when it has nothing to move: the first, doubled up to the longest.
+FIRST_REST_SECONDS, LONGEST_REST_SECONDS = 0.001, 0.032
 
 
 def make_train_dataset(
@@ -371,13 +371,16 @@ class _RestWhenIdle(ExecutionCallback):
 
     def __init__(self) -> None:
         self._moved: list[int] = []
+        self._rest = FIRST_REST_SECONDS
 
     def on_execution_step(self, executor: Any) -> None:
         metrics = [operator._metrics for operator in executor._topology]
         moved = [m.num_tasks_submitted + m.num_task_outputs_generated + m.num_outputs_taken for m in metrics]
         if moved == self._moved:
-            time.sleep(REST_SECONDS)
-        self._moved = moved
+            time.sleep(self._rest)
+            self._rest = min(2 * self._rest, LONGEST_REST_SECONDS)
+        else:
+            self._moved, self._rest = moved, FIRST_REST_SECONDS
 
 
 class _ViewSource(Datasource):
