@@ -235,13 +235,17 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--queue-size", type=int, default=65536)
     parser.add_argument("--cases", nargs="+", choices=list(OUR_METHODS), default=list(OUR_METHODS))
-    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], help="default: bf16 only where native")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=1, help="steps per round and side")
     parser.add_argument("--quick", action="store_true", help="3 rounds")
     args = parser.parse_args()
     if args.quick:
         args.rounds = 3
+    if args.precisions is None:
+        args.precisions = ["fp32", "bf16"] if has_native_bf16(args.device) else ["fp32"]
+        if "bf16" not in args.precisions:
+            print("bf16 left out: this device emulates it, up to a minute per step.", file=sys.stderr)
     torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = True
     for case in args.cases:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import os
 import statistics
 import sys
@@ -34,7 +33,7 @@ from typing import Any
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAY_DATA_DISABLE_PROGRESS_BARS"):
     os.environ[variable] = "1"  # before the libraries load
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_DATA_LOG_LEVEL="ERROR")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
@@ -234,7 +233,6 @@ def main() -> None:
         logging_level="error",
         runtime_env={"env_vars": environment},
     )
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     for case in QUICK if quick else CASES:
         with tempfile.TemporaryDirectory() as directory:
             run_case(case, rounds=2 if quick else 5, directory=directory)
