@@ -141,20 +141,16 @@ def save_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
     methods = sorted({t["method"] for t in results["trials"]})
     colours = {m: plt.get_cmap("tab10")(i % 10) for i, m in enumerate(methods)}
     figure, axis = plt.subplots(figsize=(8, 0.4 * len(finished) + 1.6), layout="constrained")
-    axis.barh(
-        [t["name"] for t in finished],
-        [m["value"] for m in metrics],
-        xerr=[m["ci95"] or 0.0 for m in metrics],
-        color=[colours[t["method"]] for t in finished],
-        capsize=3,
-    )
+    for trial, metric in zip(finished, metrics, strict=True):
+        axis.errorbar(
+            metric["value"], trial["name"], xerr=metric["ci95"], fmt="o", color=colours[trial["method"]], capsize=3
+        )
+    axis.margins(y=0.5 / len(finished))
     for trial in results["baseline"]:
         value = trial["transfer"]["val"]["metrics"][objective]["value"]
         axis.axvline(value, color="black", linestyle="--", label="random initialisation")
     handles, labels = axis.get_legend_handles_labels()
-    axis.legend(handles[:1], labels[:1], loc="lower right")
-    low = min([m["value"] - (m["ci95"] or 0) for m in metrics] + [value])
-    axis.set_xlim(left=max(0.0, low - 5) if low > 0 else None)
+    axis.legend(handles[:1], labels[:1], loc="best")
     axis.set_xlabel(f"{objective} on validation data (95 % interval)")
     path = folder / "objective_by_trial.png"
     figure.savefig(path, dpi=140)
