@@ -19,8 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 ARGS ?=
 PORT ?= 5000
 
-# Container images often set it. Without stored bytecode every process of a run compiles every package that it imports:
-# `import torch` alone takes twice as long.
+# Container images often set it. Without stored bytecode every process of a run compiles every package that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help

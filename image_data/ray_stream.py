@@ -28,12 +28,12 @@ import pyarrow as pa
 import ray.data
 import ray.train
 from ray.data import ExecutionResources
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from image_data.blocks import Block, BlockMaker, read_block
 from image_data.contracts import DataError, ImageBatch
+from image_data.ray_rest import RestWhenIdle
 from image_data.stream import num_steps
 from image_data.views import ViewMaker, ViewRecipe
 from image_data.windows import Sizes, Window, epoch_windows, list_row_groups
@@ -48,9 +48,6 @@ TASKS_PER_EXECUTION = 1000  # each costs the planner about 1 ms before the first
 # Batches made ahead of training may fill this much of the object store (Ray stops at half of the store in any case):
 # enough for some tens of tasks whose batches wait for their turn.
 AHEAD_BYTES = 8 * 2**30
-
-# Rests of Ray's scheduling loop when it has nothing to move: the first, doubled up to the longest.
-FIRST_REST_SECONDS, LONGEST_REST_SECONDS = 0.001, 0.032
 
 
 def make_train_dataset(
@@ -110,7 +107,7 @@ def make_train_dataset(
     dataset = ray.data.read_datasource(source, override_num_blocks=len(source.get_read_tasks(1)))
     # Ray ends a block where it exceeds this size: just below one batch means one block per batch.
     dataset.context.target_max_block_size = int(0.9 * batch_size * maker.row_bytes)
-    dataset.context.custom_execution_callback_classes.append(_RestWhenIdle)
+    dataset.context.custom_execution_callback_classes.append(RestWhenIdle)
     options = dataset.context.execution_options
     options.preserve_order = True
     options.resource_limits = ExecutionResources(object_store_memory=_ahead_bytes(split, maker, global_batch))
@@ -360,27 +357,6 @@ class RayDataStream:
 
 def _name(place: tuple[int, int]) -> str:
     return f"batch {place[1]} of epoch {place[0]}"
-
-
-class _RestWhenIdle(ExecutionCallback):
-    """Keeps Ray's scheduling loop from spinning while training is the slower side.
-
-    The loop waits until a task has a batch ready, also while back-pressure keeps it from taking that batch: at full
-    buffers it used three quarters of a core (Ray 2.60). A step that moved nothing is therefore followed by a rest.
-    """
-
-    def __init__(self) -> None:
-        self._moved: list[int] = []
-        self._rest = FIRST_REST_SECONDS
-
-    def on_execution_step(self, executor: Any) -> None:
-        metrics = [operator._metrics for operator in executor._topology]
-        moved = [m.num_tasks_submitted + m.num_task_outputs_generated + m.num_outputs_taken for m in metrics]
-        if moved == self._moved:
-            time.sleep(self._rest)
-            self._rest = min(2 * self._rest, LONGEST_REST_SECONDS)
-        else:
-            self._moved, self._rest = moved, FIRST_REST_SECONDS
 
 
 class _ViewSource(Datasource):

@@ -18,6 +18,7 @@ import image_data.windows
 from image_data import ray_stream
 from image_data.blocks import BlockMaker
 from image_data.contracts import DataError, ImageBatch
+from image_data.ray_rest import LONGEST_REST_SECONDS, RestWhenIdle
 from image_data.ray_stream import RayDataStream, check_data_cpus, make_train_dataset, train_data_config
 from image_data.store import DecodedStore
 from image_data.stream import MemoryStream
@@ -140,7 +141,7 @@ class LoggingMaker(BlockMaker):
             yield table
 
 
-class CountingRest(ray_stream._RestWhenIdle):
+class CountingRest(RestWhenIdle):
     """Counts the steps of Ray's scheduling loop in this process."""
 
     steps = 0
@@ -154,7 +155,7 @@ def test_a_slow_consumer_holds_the_tasks_back(ray_cluster, packed, tmp_path, mon
     log = tmp_path / "blocks"
     log.touch()
     monkeypatch.setattr(ray_stream, "BlockMaker", partial(LoggingMaker, log=str(log)))
-    monkeypatch.setattr(ray_stream, "_RestWhenIdle", CountingRest)
+    monkeypatch.setattr(ray_stream, "RestWhenIdle", CountingRest)
     stream = make_stream(packed, num_epochs=40)
     batches = stream.epoch(0)
     next(batches)
@@ -162,7 +163,7 @@ def test_a_slow_consumer_holds_the_tasks_back(ray_cluster, packed, tmp_path, mon
     time.sleep(4)
     made, steps = len(log.read_text()), CountingRest.steps - before
     batches.close()
-    assert steps <= 10 + 4.5 / ray_stream.LONGEST_REST_SECONDS, f"the scheduling loop ran {steps} times in 4 s"
+    assert steps <= 10 + 4.5 / LONGEST_REST_SECONDS, f"the scheduling loop ran {steps} times in 4 s"
     assert 3 <= made <= 60, f"{made} of 360 batches were made for a consumer that took one"
 
 
