@@ -3,7 +3,8 @@
 Layout: experiment = sweep (or pretraining name), parent run = the sweep, nested run = trial. Workers and trials never
 talk to MLflow: their reports reach the driver through Ray, so a remote ``MLFLOW_TRACKING_URI`` need only be reachable
 from the node that runs the driver, and a SQLite store has one writer. Writes go through a spool that a background
-thread empties; while the server does not answer they wait in memory and in a journal file beside the results.
+thread empties. Each stands in a journal file beside the results until the server has taken it, so that neither an
+outage of the server nor a killed driver loses one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rayjobs.places import home
 
@@ -90,6 +91,54 @@ class RunHandle:
         self._tracker.submit("reopen", self.run_id)
 
 
+class _Journal:
+    """Append-only file of the writes that the server has not taken: one JSON line each, ``null`` for one done.
+
+    Writes are done in their order, so a ``null`` stands for the oldest that is still open.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO | None = None
+        self.pending: deque[list[Any]] = deque()
+        for line in self._path.read_text().splitlines() if self._path.is_file() else []:
+            try:
+                item = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the last line of a process that was killed while it wrote
+            if item is None:
+                self.pending.popleft()
+            else:
+                self.pending.append(item)
+        if self.pending:
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(item) + "\n" for item in self.pending))
+            os.replace(temporary, self._path)
+
+    def add(self, item: list[Any]) -> None:
+        """Keep a write."""
+        self.pending.append(item)
+        self._append(item)
+
+    def done(self) -> None:
+        """The oldest write has been taken; the file goes when none is left."""
+        self.pending.popleft()
+        if self.pending:
+            self._append(None)
+            return
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._path.unlink(missing_ok=True)
+
+    def _append(self, item: list[Any] | None) -> None:
+        if self._file is None:
+            self._file = self._path.open("a")
+        self._file.write(json.dumps(item) + "\n")
+        self._file.flush()
+
+
 class Tracker:
     """One experiment on one store.
 
@@ -122,9 +171,8 @@ class Tracker:
         self._log = log
         self._client = MlflowClient(self.uri)
         self.experiment_id = self._open_experiment()
-        self._journal = Path(journal)
-        self._journal.parent.mkdir(parents=True, exist_ok=True)
-        self._queue: deque[list[Any]] = deque(self._left_over())
+        self._journal_path = journal
+        self._journal = _Journal(journal)
         self._wake, self._idle = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._closing = self._is_down = False
@@ -171,8 +219,7 @@ class Tracker:
         )
         if found:
             handle = RunHandle(self, found[0].info.run_id)
-            if found[0].info.status != "RUNNING":
-                handle.reopen()
+            handle.reopen()  # even if it is RUNNING: the end of an earlier start may still wait in the journal
             return handle
         run = self._retry(lambda: self._client.create_run(self.experiment_id, run_name=name, tags=full))
         return RunHandle(self, run.info.run_id)
@@ -194,7 +241,7 @@ class Tracker:
     def submit(self, kind: str, *arguments: Any) -> None:
         """Queue one write."""
         with self._lock:
-            self._queue.append([kind, *arguments])
+            self._journal.add([kind, *arguments])
             self._idle.clear()
         self._wake.set()
 
@@ -202,10 +249,10 @@ class Tracker:
         """Wait until everything is written; False (and a journal file) when the server stays away."""
         self._wake.set()
         done = self._idle.wait(seconds)
-        self._write_journal()
         if not done:
             self._log(
-                f"MLflow at {self.uri} did not answer: {len(self._queue)} writes wait in {self._journal}. "
+                f"MLflow at {self.uri} did not answer: {len(self._journal.pending)} writes wait in "
+                f"{self._journal_path}. "
                 "They are replayed by the next command with --resume and the same name."
             )
         return done
@@ -223,7 +270,7 @@ class Tracker:
 
         while not self._closing:
             with self._lock:
-                item = self._queue[0] if self._queue else None
+                item = self._journal.pending[0] if self._journal.pending else None
                 if item is None:
                     self._idle.set()
                     self._wake.clear()
@@ -235,7 +282,6 @@ class Tracker:
             except (MlflowException, OSError) as error:
                 if _is_outage(error):
                     self._note_outage(error)
-                    self._write_journal()
                     time.sleep(RETRY_SECONDS)
                     continue
                 self._log(f"MLflow refused a write ({item[0]}): {str(error).splitlines()[0][:200]}")
@@ -243,27 +289,12 @@ class Tracker:
                 self._is_down = False
                 self._log("MLflow answers again; the waiting writes follow.")
             with self._lock:
-                self._queue.popleft()
+                self._journal.done()
 
     def _note_outage(self, error: Exception) -> None:
         if not self._is_down:
             self._is_down = True
             self._log(f"MLflow at {self.uri} does not answer ({type(error).__name__}); training goes on, writes wait.")
-
-    def _write_journal(self) -> None:
-        with self._lock:
-            items = list(self._queue)
-        if not items:
-            self._journal.unlink(missing_ok=True)
-            return
-        temporary = self._journal.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(item) + "\n" for item in items))
-        os.replace(temporary, self._journal)
-
-    def _left_over(self) -> list[list[Any]]:
-        if not self._journal.is_file():
-            return []
-        return [json.loads(line) for line in self._journal.read_text().splitlines()]
 
     def _write(self, kind: str, run_id: str, *arguments: Any) -> None:
         client = self._client

@@ -94,6 +94,8 @@ def test_interrupted_and_killed_sweep_repeats_nothing_finished(head, images, tmp
     wait_for(lambda: re.search(r"finished(.|\n)*trial +3/4 .*started", log.read_text()), process, log)
     process.kill()
     process.wait()
+    saved, _ = re.split(r"trial +3/4 .*started", log.read_text())  # a later one may have ended just before the kill
+    finished = set(re.findall(r"trial +\d/4 +(\S+) +finished", saved))
     before = {r.data.tags["trial_id"]: r for r in mlflow_runs(tmp_path, "killed") if r.info.status == "FINISHED"}
 
     text = run("sweep", resumed, variables, tmp_path / "resumed.log")
@@ -105,9 +107,10 @@ def test_interrupted_and_killed_sweep_repeats_nothing_finished(head, images, tmp
     assert {r.data.tags["trial_id"]: r.info.run_name for r in runs} == names, "trials keep their numbers"
     assert first_names.items() <= names.items()
     assert all(r.info.status == "FINISHED" for r in runs)
-    kept = [r for r in runs if r.data.tags["trial_id"] in before]
-    assert kept
-    for after in kept:
+    started = set(re.findall(r"trial +\d/4 +(\S+) +started", text))
+    assert finished
+    assert not finished & started, "a finished trial is not repeated"
+    for after in [r for r in runs if r.data.tags["trial_id"] in before]:
         assert after.info.end_time == before[after.data.tags["trial_id"]].info.end_time
     assert "baseline" not in text.split("Objective")[1].split("Trials by")[0], "the baseline is not repeated"
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from rayjobs.tracking import Tracker, default_tracking_uri
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +69,58 @@ def test_resumed_run_is_found_and_reopened(store, tmp_path):
     assert MlflowClient(store).get_run(run.run_id).info.status == "FINISHED"
 
 
-def test_journal_of_an_earlier_start_is_replayed(store, tmp_path):
-    tracker = make(store, tmp_path, "journal")
-    run = tracker.run("trial", {"key": "t0"})
-    assert tracker.close(60)
-    journal = tmp_path / "journal.jsonl"
-    journal.write_text(json.dumps(["metrics", run.run_id, {"late": 4.0}, 1, 1_700_000_000_000]) + "\n")
+def test_a_killed_process_loses_no_write(store, tmp_path):
+    """What waits is in the journal at once: a SIGKILL right after the calls loses nothing."""
+    (tmp_path / "plot.txt").write_text("hello")
+    script = f"""
+import os, signal, threading
+from rayjobs.tracking import Tracker
+tracker = Tracker("journal", {str(tmp_path / "journal.jsonl")!r}, uri={store!r})
+run = tracker.run("trial", {{"key": "t0"}})
+written = threading.Event()
+write = tracker._write
+def stuck(kind, run_id, *arguments):
+    write(kind, run_id, *arguments)
+    if kind == "tags":
+        written.set()
+        signal.pause()  # the server took this write but never says so
+tracker._write = stuck
+run.metrics({{"early": 1.0}}, step=1)
+run.tags({{"taken": "twice"}})
+run.metrics({{"late": 4.0}}, step=2)
+run.artifact({str(tmp_path / "plot.txt")!r})
+run.end("FINISHED")
+print(run.run_id, flush=True)
+assert written.wait(60)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_id = killed.stdout.split()[-1]
+    client = MlflowClient(store)
+    assert client.get_run(run_id).info.status == "RUNNING"
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write('["tags", "torn li')  # killed within a line
     later = make(store, tmp_path, "journal")
     assert later.close(60)
-    assert MlflowClient(store).get_run(run.run_id).data.metrics["late"] == 4.0
-    assert not journal.exists()
+    run = client.get_run(run_id)
+    assert run.data.metrics == {"early": 1.0, "late": 4.0}
+    assert len(client.get_metric_history(run_id, "early")) == 1
+    assert run.data.tags["taken"] == "twice"
+    assert run.info.status == "FINISHED"
+    assert [f.path for f in client.list_artifacts(run_id)] == ["plot.txt"]
+    assert not (tmp_path / "journal.jsonl").exists()
+
+
+def test_a_resumed_run_stays_open_though_its_end_waits_in_the_journal(store, tmp_path):
+    tracker = make(store, tmp_path, "reopened")
+    run = tracker.run("trial", {"key": "t0"})
+    assert tracker.close(60)
+    (tmp_path / "journal.jsonl").write_text(json.dumps(["end", run.run_id, "FINISHED", 1_700_000_000_000]) + "\n")
+    later = make(store, tmp_path, "reopened")
+    later.run("trial", {"key": "t0"})
+    assert later.close(60)
+    assert MlflowClient(store).get_run(run.run_id).info.status == "RUNNING"
 
 
 def test_refused_write_is_reported_and_does_not_block(store, tmp_path):
