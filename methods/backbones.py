@@ -12,9 +12,22 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BACKBONES", "Backbone", "ResNet", "ResNet9", "Stem", "TimmBackbone", "build_backbone"]
+from methods.lab import normalized_lab
+
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "ColorSpace",
+    "LabBackbone",
+    "ResNet",
+    "ResNet9",
+    "Stem",
+    "TimmBackbone",
+    "build_backbone",
+]
 
 Stem = Literal["imagenet", "small"]
+ColorSpace = Literal["rgb", "lab"]
 
 TIMM_PREFIX = "timm:"
 BACKBONES = ("resnet9", "resnet18", "resnet34", "resnet50")
@@ -117,13 +130,13 @@ def _stage(
     return nn.Sequential(block(in_channels, width, stride), *rest)
 
 
-def _stem(kind: Stem) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
-    """Convolution to 64 channels, BatchNorm, ReLU and pooling: what precedes the first stage."""
+def _stem(kind: Stem, in_channels: int, width: int) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+    """Convolution to `width` channels, BatchNorm, ReLU and pooling: what precedes the first stage."""
     is_small = kind == "small"
     kernel, stride = (3, 1) if is_small else (7, 2)
-    convolution = nn.Conv2d(3, 64, kernel_size=kernel, stride=stride, padding=kernel // 2, bias=False)
+    convolution = nn.Conv2d(in_channels, width, kernel_size=kernel, stride=stride, padding=kernel // 2, bias=False)
     pool = nn.Identity() if is_small else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-    return convolution, nn.BatchNorm2d(64), nn.ReLU(inplace=True), pool
+    return convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True), pool
 
 
 class ResNet(nn.Module):
@@ -140,14 +153,17 @@ class ResNet(nn.Module):
         layers: tuple[int, int, int, int],
         stem: Stem = "imagenet",
         zero_init_residual: bool = False,
+        in_channels: int = 3,
+        width: int = 64,
     ) -> None:
         super().__init__()
-        self.conv1, self.bn1, self.relu, self.maxpool = _stem(stem)
-        self.layer1 = _stage(block, 64, 64, layers[0], stride=1)
-        self.layer2 = _stage(block, 64 * block.expansion, 128, layers[1], stride=2)
-        self.layer3 = _stage(block, 128 * block.expansion, 256, layers[2], stride=2)
-        self.layer4 = _stage(block, 256 * block.expansion, 512, layers[3], stride=2)
-        self.num_features = 512 * block.expansion
+        self.conv1, self.bn1, self.relu, self.maxpool = _stem(stem, in_channels, width)
+        wide = width * block.expansion
+        self.layer1 = _stage(block, width, width, layers[0], stride=1)
+        self.layer2 = _stage(block, wide, 2 * width, layers[1], stride=2)
+        self.layer3 = _stage(block, 2 * wide, 4 * width, layers[2], stride=2)
+        self.layer4 = _stage(block, 4 * wide, 8 * width, layers[3], stride=2)
+        self.num_features = 8 * wide
         _init_resnet(self, zero_init_residual)
 
     @property
@@ -194,15 +210,16 @@ class ResNet9(nn.Module):
     images: torchvision's stem (7x7 stride 2, BN, ReLU, 3x3 max-pool of stride 2) before the same stages; stride 32.
     """
 
-    num_features = 256
-
-    def __init__(self, stem: Stem = "small", zero_init_residual: bool = False) -> None:
+    def __init__(
+        self, stem: Stem = "small", zero_init_residual: bool = False, in_channels: int = 3, width: int = 64
+    ) -> None:
         super().__init__()
-        self.conv1, self.bn1, self.relu, self.maxpool = _stem(stem)
-        self.layer1 = nn.Sequential(_ConvBlock(64, 128), BasicBlock(128, 128))
-        self.layer2 = nn.Sequential(_ConvBlock(128, 256))
-        self.layer3 = nn.Sequential(_ConvBlock(256, 512), BasicBlock(512, 512))
-        self.fc = _PixelLinear(512, self.num_features)
+        self.num_features = 4 * width
+        self.conv1, self.bn1, self.relu, self.maxpool = _stem(stem, in_channels, width)
+        self.layer1 = nn.Sequential(_ConvBlock(width, 2 * width), BasicBlock(2 * width, 2 * width))
+        self.layer2 = nn.Sequential(_ConvBlock(2 * width, 4 * width))
+        self.layer3 = nn.Sequential(_ConvBlock(4 * width, 8 * width), BasicBlock(8 * width, 8 * width))
+        self.fc = _PixelLinear(8 * width, self.num_features)
         _init_resnet(self, zero_init_residual)
 
     @property
@@ -227,6 +244,55 @@ _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, in
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }
+
+
+class LabBackbone(nn.Module):
+    """CMC's pair of encoders (Tian et al., ECCV 2020): one of half width sees L, the other ab; features side by side.
+
+    It takes RGB views like every backbone (ImageNet-normalised) and turns them into Lab itself, on the device and in
+    float32, so that evaluation and detection need to know nothing of the colour space. ``encoder_l`` and ``encoder_ab``
+    have the same architecture ("v1" of ``HobbitLong/CMC: models/resnet.py``: half the channels everywhere).
+    """
+
+    def __init__(self, encoder_l: Any, encoder_ab: Any) -> None:
+        super().__init__()
+        self.encoder_l, self.encoder_ab = encoder_l, encoder_ab
+        self.num_features = encoder_l.num_features + encoder_ab.num_features
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """Stage i of both encoders: a module that maps what stage i - 1 returned (the first: RGB views)."""
+        pairs = zip(self.encoder_l.stages, self.encoder_ab.stages, strict=True)
+        return [_LabStage(low, ab, is_first=i == 0) for i, (low, ab) in enumerate(pairs)]
+
+    def split_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features of L and of ab: (B, 3, H, W) -> two of (B, C / 2)."""
+        lab = normalized_lab(x)
+        return self.encoder_l(lab[:, :1]), self.encoder_ab(lab[:, 1:])
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        lab = normalized_lab(x)
+        maps = self.encoder_l.forward_features(lab[:, :1]), self.encoder_ab.forward_features(lab[:, 1:])
+        return torch.cat(maps, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(self.split_features(x), dim=1)
+
+
+class _LabStage(nn.Module):
+    """One stage of both encoders of a ``LabBackbone``; between stages their maps stand side by side."""
+
+    def __init__(self, stage_l: nn.Module, stage_ab: nn.Module, is_first: bool) -> None:
+        super().__init__()
+        self.stage_l, self.stage_ab, self.is_first = stage_l, stage_ab, is_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_first:
+            lab = normalized_lab(x)
+            x_l, x_ab = lab[:, :1], lab[:, 1:]
+        else:
+            x_l, x_ab = x.chunk(2, dim=1)
+        return torch.cat([self.stage_l(x_l), self.stage_ab(x_ab)], dim=1)
 
 
 class TimmBackbone(nn.Module):
@@ -288,7 +354,9 @@ def _build_timm(name: str, stem: Stem) -> TimmBackbone:
     return TimmBackbone(name, timm.create_model(name, pretrained=False, num_classes=0))
 
 
-def build_backbone(name: str, stem: Stem = "imagenet", zero_init_residual: bool = False) -> Any:
+def build_backbone(
+    name: str, stem: Stem = "imagenet", zero_init_residual: bool = False, color_space: ColorSpace = "rgb"
+) -> Any:
     """A backbone with random weights from torch's global generator.
 
     Args:
@@ -296,6 +364,7 @@ def build_backbone(name: str, stem: Stem = "imagenet", zero_init_residual: bool 
         stem: imagenet (7x7 stride 2 and max-pool) or small (3x3 stride 1, no pooling).
         zero_init_residual: start every residual block as the identity (SimSiam); timm models keep their own
             initialisation.
+        color_space: rgb, or lab for the two half-width encoders of CMC (``LabBackbone``).
 
     Returns:
         A module that fulfils ``Backbone``.
@@ -306,10 +375,24 @@ def build_backbone(name: str, stem: Stem = "imagenet", zero_init_residual: bool 
     if stem not in get_args(Stem):
         raise ValueError(f"Unknown stem {stem!r}. Choose one of: {', '.join(get_args(Stem))}.")
     if name.startswith(TIMM_PREFIX):
+        if color_space != "rgb":
+            raise ValueError(
+                f"{name} cannot be split into two half-width encoders of L and ab, as cmc needs. Choose one of: "
+                f"{', '.join(BACKBONES)}."
+            )
         return _build_timm(name.removeprefix(TIMM_PREFIX), stem)
+    if color_space == "lab":
+        encoders = (_build_resnet(name, stem, zero_init_residual, channels, 32) for channels in (1, 2))
+        return LabBackbone(*encoders)
+    return _build_resnet(name, stem, zero_init_residual)
+
+
+def _build_resnet(
+    name: str, stem: Stem, zero_init_residual: bool, in_channels: int = 3, width: int = 64
+) -> ResNet | ResNet9:
     if name == "resnet9":
-        return ResNet9(stem, zero_init_residual)
+        return ResNet9(stem, zero_init_residual, in_channels, width)
     if name not in _RESNETS:
         raise ValueError(f"Unknown backbone {name!r}. Choose one of: {', '.join(BACKBONES)}, or {TIMM_PREFIX}NAME.")
     block, layers = _RESNETS[name]
-    return ResNet(block, layers, stem, zero_init_residual)
+    return ResNet(block, layers, stem, zero_init_residual, in_channels, width)

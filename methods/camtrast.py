@@ -35,9 +35,10 @@ from methods.heads import head_dim, mlp_head
 from methods.losses import contrast
 from methods.moco import unit_vectors, validate_momentum_contrast
 from methods.momentum_encoder import MomentumEncoder, resolve_bn_splits, shuffled_encode
+from methods.monitors import contrast_monitors, feature_monitors
 from methods.optimizers import OptimizerConfig
 from methods.queue import FeatureQueue
-from methods.simsiam import build_heads, feature_spread, negative_cosine, validate_heads
+from methods.simsiam import build_heads, negative_cosine, validate_heads
 from methods.supervised import accuracy, cross_entropy, validate_classes
 
 __all__ = [
@@ -236,11 +237,14 @@ class CamtrastMoCo(nn.Module):
         k_BD = self._keys(classified.suppressed, progress)
         self.queue.stage(k_BD, batch.labels, batch.index, progress.micro_step)
         result = contrast(q_BD, k_BD, self.queue.keys, self.config.temperature)
-        metrics = classified.metrics | {
-            "loss_self": result.loss.detach(),
-            "contrast_top1": result.top1,
-            "positive_similarity": result.positive_similarity,
-        }
+        metrics = (
+            classified.metrics
+            | {
+                "loss_self": result.loss.detach(),
+                "contrast_top1": result.top1,
+            }
+            | contrast_monitors(q_BD, k_BD, self.queue.keys)
+        )
         return StepOutput(classified.loss + result.loss, metrics)
 
     @torch.no_grad()
@@ -291,7 +295,7 @@ class CamtrastSimSiam(nn.Module):
             z_BD = self.projector(classified.pooled)
         p_BD = self.predictor(self.projector(classified.pooled_suppressed))
         loss_self = negative_cosine(p_BD, z_BD)
-        metrics = classified.metrics | {"loss_self": loss_self.detach(), "feature_spread": feature_spread(p_BD)}
+        metrics = classified.metrics | {"loss_self": loss_self.detach()} | feature_monitors(p_BD)
         return StepOutput(classified.loss + loss_self, metrics)
 
     def after_step(self, progress: Progress) -> None:

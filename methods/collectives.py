@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from methods.random_numbers import random_bits
+
 __all__ = [
     "all_gather_concat",
     "all_reduce_mean",
@@ -106,24 +108,6 @@ def all_reduce_sum_with_grad(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _AllReduceSumWithGrad.apply(x)
 
 
-# Multipliers of splitmix64 (Steele et al. 2014) as signed 64-bit integers.
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MIX_2 = 0x94D049BB133111EB - 2**64
-
-
-def _xor_shift_right(x: Tensor, bits: int) -> Tensor:
-    # The mask turns torch's arithmetic shift of int64 into the logical shift that the mixer is defined with.
-    return x ^ ((x >> bits) & ((1 << (64 - bits)) - 1))
-
-
-def _splitmix64(x: Tensor) -> Tensor:
-    x = x + _GOLDEN
-    x = _xor_shift_right(x, 30) * _MIX_1
-    x = _xor_shift_right(x, 27) * _MIX_2
-    return _xor_shift_right(x, 31)
-
-
 @torch.no_grad()
 def broadcast_permutation(n: int, seed: Tensor, counter: int) -> Tensor:
     """Random permutation of 0..n-1 that all workers share: rank 0's is broadcast.
@@ -140,9 +124,7 @@ def broadcast_permutation(n: int, seed: Tensor, counter: int) -> Tensor:
     Returns:
         int64 (n,) on the device of `seed`.
     """
-    stream = _splitmix64(_splitmix64(seed) + counter)
-    keys = _splitmix64(stream + torch.arange(n, device=seed.device))
-    permutation = torch.argsort(keys, stable=True)
+    permutation = torch.argsort(random_bits(n, seed, counter), stable=True)
     if world_size() > 1:
         dist.broadcast(permutation, src=0)
     return permutation

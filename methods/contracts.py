@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from methods.backbones import ColorSpace
 from methods.optimizers import OptimizerConfig
 
 __all__ = ["Batch", "Method", "MethodContext", "MethodSpec", "Progress", "StepOutput"]
@@ -31,12 +32,13 @@ class Progress:
     """Where training stands; every schedule is a function of it.
 
     Attributes:
-        step: optimiser steps finished so far (0 in the first step).
+        step: batches trained on so far (0 in the first step).
         total_steps: optimiser steps of the whole run.
         epoch: current epoch, counted from 0.
         total_epochs: epochs of the whole run.
         micro_step: which part of the worker's batch this forward sees when gradients are accumulated, from 0.
         num_micro_steps: parts per optimiser step.
+        phase: which of the method's ``num_phases`` optimiser steps on this batch, from 0.
     """
 
     step: int
@@ -45,6 +47,7 @@ class Progress:
     total_epochs: int
     micro_step: int = 0
     num_micro_steps: int = 1
+    phase: int = 0
 
 
 class StepOutput(NamedTuple):
@@ -84,6 +87,10 @@ class Method(Protocol):
     ``forward`` is the whole training-time computation, so that DDP sees it. ``after_step`` holds what follows the
     optimiser step (queue writes, momentum updates where the paper does them there). Everything that changes training
     is in ``state_dict()``. ``fixed_learning_rate`` names parameter prefixes that the schedule leaves alone.
+
+    Optional attributes: ``has_unused_parameters = True`` where some steps leave parameters without a gradient (DDP must
+    look for them); ``num_phases`` where a method takes several optimiser steps on each batch (CAMtrast's released
+    code): ``forward`` then runs once per phase with ``progress.phase`` set, ``after_step`` once after the last.
     """
 
     backbone: nn.Module
@@ -106,6 +113,8 @@ class MethodSpec:
         optimizer: the paper's optimiser and schedule.
         summary: one line for help texts and tables.
         zero_init_residual: whether the paper zero-initialises the last BatchNorm gain of each residual block.
+        color_space: "lab" builds the backbone as two half-width networks on L and ab (CMC), see
+            ``backbones.LabBackbone``; its views must say so with the recipe step ``to_lab``.
     """
 
     config: Any
@@ -113,4 +122,5 @@ class MethodSpec:
     views: tuple[str, ...]
     optimizer: OptimizerConfig
     summary: str
-    zero_init_residual: bool = field(default=False)
+    zero_init_residual: bool = False
+    color_space: ColorSpace = "rgb"

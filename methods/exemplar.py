@@ -22,8 +22,8 @@ from methods.heads import head_dim, mlp_head
 from methods.losses import contrast
 from methods.moco import OPTIMIZER_V1, OPTIMIZER_V2, VIEWS_V1, VIEWS_V2, validate_momentum_contrast
 from methods.momentum_encoder import KeyEncoder, resolve_bn_splits, unit_vectors
+from methods.monitors import contrast_monitors
 from methods.queue import FeatureQueue
-from methods.simsiam import feature_spread
 
 # Views and optimiser are MoCo's.
 __all__ = ["OPTIMIZER_V1", "OPTIMIZER_V2", "VIEWS_V1", "VIEWS_V2", "Exemplar", "ExemplarConfig"]
@@ -96,11 +96,9 @@ class Exemplar(nn.Module):
         result = contrast(q, k, self.queue.keys, self.config.temperature, batch.labels, self.queue.labels)
         metrics = {
             "contrast_top1": result.top1,
-            "positive_similarity": result.positive_similarity,
             "masked_queries": result.num_masked_queries,
             "same_image_rate": self.queue.same_image_rate(batch.index),
-            "feature_spread": feature_spread(q),
-        }
+        } | contrast_monitors(q, k, self.queue.keys)
         self.queue.stage(k, batch.labels, batch.index, progress.micro_step)
         return StepOutput(result.loss, metrics)
 

@@ -22,9 +22,9 @@ from methods.contracts import Batch, MethodContext, Progress, StepOutput
 from methods.heads import head_dim, mlp_head
 from methods.losses import contrast
 from methods.momentum_encoder import KeyEncoder, resolve_bn_splits, unit_vectors
+from methods.monitors import contrast_monitors
 from methods.optimizers import OptimizerConfig
 from methods.queue import FeatureQueue, validate_queue_size
-from methods.simsiam import feature_spread
 
 __all__ = [
     "OPTIMIZER_V1",
@@ -131,10 +131,8 @@ class MoCo(nn.Module):
         result = contrast(q, k, self.queue.keys, self.config.temperature)
         metrics = {
             "contrast_top1": result.top1,
-            "positive_similarity": result.positive_similarity,
             "same_image_rate": self.queue.same_image_rate(batch.index),
-            "feature_spread": feature_spread(q),
-        }
+        } | contrast_monitors(q, k, self.queue.keys)
         self.queue.stage(k, batch.labels, batch.index, progress.micro_step)
         return StepOutput(result.loss, metrics)
 

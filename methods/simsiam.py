@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from methods.batchnorm import convert_batchnorm
 from methods.contracts import Batch, MethodContext, Progress, StepOutput
 from methods.heads import head_dim, mlp_head, validate_head_batch
+from methods.monitors import feature_monitors
 from methods.optimizers import OptimizerConfig
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "SimSiam",
     "SimSiamConfig",
     "build_heads",
-    "feature_spread",
     "negative_cosine",
     "validate_heads",
 ]
@@ -66,12 +66,6 @@ def negative_cosine(p_BD: Tensor, z_BD: Tensor) -> Tensor:
     dtype = torch.promote_types(p_BD.dtype, torch.float32)
     with torch.autocast(p_BD.device.type, enabled=False):
         return -F.cosine_similarity(p_BD.to(dtype), z_BD.to(dtype), dim=1).mean()
-
-
-@torch.no_grad()
-def feature_spread(z_BD: Tensor) -> Tensor:
-    """Collapse monitor: standard deviation of normalised z times sqrt(D); about 1 when spread out, 0 when collapsed."""
-    return F.normalize(z_BD.float(), dim=1).std(dim=0, correction=0).mean() * z_BD.shape[1] ** 0.5
 
 
 def build_heads(config: Any, in_dim: int) -> tuple[nn.Sequential, nn.Sequential]:
@@ -128,7 +122,7 @@ class SimSiam(nn.Module):
         t_1, t_2 = (z_1.detach(), z_2.detach()) if self.config.stop_gradient else (z_1, z_2)
         loss = (negative_cosine(p_1, t_2) + negative_cosine(p_2, t_1)) / 2
         # Of p: the BatchNorm at the projector's end stretches a collapsed z apart again.
-        return StepOutput(loss, {"feature_spread": feature_spread(p_1)})
+        return StepOutput(loss, feature_monitors(p_1))
 
     def after_step(self, progress: Progress) -> None:
         """Nothing follows the optimiser step."""

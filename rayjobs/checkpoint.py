@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from methods import METHODS
 from methods.backbones import build_backbone
 from rayjobs.configs import PretrainConfig, from_dict, resolve_stem, to_dict
 
@@ -161,6 +162,7 @@ def load_backbone(directory: str | Path) -> tuple[nn.Module, PretrainConfig, dic
     from safetensors.torch import load_file
 
     config, record = load_config(directory)
-    backbone = build_backbone(config.train.backbone, resolve_stem(config.train))
+    color_space = METHODS[config.method].color_space
+    backbone = build_backbone(config.train.backbone, resolve_stem(config.train), color_space=color_space)
     backbone.load_state_dict(load_file(Path(directory) / BACKBONE), strict=True)
     return backbone.eval(), config, record

@@ -126,8 +126,10 @@ def build_method(config: PretrainConfig, context: MethodContext) -> Any:
 def _fresh_backbone(config: PretrainConfig) -> Any:
     """The backbone as training starts with it; seeds torch."""
     torch.manual_seed(config.train.seed)
-    zero_init = METHODS[config.method].zero_init_residual
-    return build_backbone(config.train.backbone, resolve_stem(config.train), zero_init_residual=zero_init)
+    spec = METHODS[config.method]
+    return build_backbone(
+        config.train.backbone, resolve_stem(config.train), spec.zero_init_residual, color_space=spec.color_space
+    )
 
 
 def train(

@@ -11,8 +11,9 @@ from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
 from torch import nn
 
+from methods.monitors import feature_spread
 from methods.optimizers import OptimizerConfig, build_optimizer, set_learning_rate
-from methods.simsiam import SimSiam, SimSiamConfig, feature_spread, negative_cosine
+from methods.simsiam import SimSiam, SimSiamConfig, negative_cosine
 from tests.methods.examples import TinyBackbone, make_batch, make_context, progress
 
 SMALL = SimSiamConfig(projector_hidden_dim=7, projector_dim=6, predictor_hidden_dim=3)
