@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules of the papers: SGD, LARS, Adam; cosine, step, constant; linear warm-up."""
+"""Optimisers and schedules of the papers: SGD, LARS, Adam; cosine, linear, step, constant; linear warm-up."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ class OptimizerConfig:
         sgd_momentum: momentum of SGD and LARS.
         nesterov: Nesterov momentum (SGD).
         weight_decay: L2 penalty.
-        schedule: cosine, step or constant, after the warm-up.
+        schedule: cosine, linear, step or constant, after the warm-up.
         schedule_every: move the learning rate every "epoch" (MoCo) or every "step".
         milestones: for schedule="step": fractions of the run after which the learning rate is multiplied by `decay`.
         decay: factor at each milestone.
         warmup_epochs: epochs of linear warm-up from 0; may be fractional.
+        final_learning_rate: where schedule="cosine" or "linear" ends, stated and scaled like `learning_rate`; the other
+            schedules do not use it.
         adam_beta1: first Adam decay.
         adam_beta2: second Adam decay.
     """
@@ -45,19 +47,26 @@ class OptimizerConfig:
     sgd_momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
     schedule_every: Literal["epoch", "step"] = "step"
     milestones: tuple[float, ...] = (0.6, 0.8)
     decay: float = 0.1
     warmup_epochs: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
+    final_learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
         hints = get_type_hints(OptimizerConfig)
         for name in ("optimizer", "schedule", "schedule_every"):
             _require(getattr(self, name) in get_args(hints[name]), name, self, f"one of {get_args(hints[name])}")
         _require(_is_finite(self.learning_rate) and self.learning_rate > 0, "learning_rate", self, "a number above 0")
+        _require(
+            0 <= self.final_learning_rate <= self.learning_rate,
+            "final_learning_rate",
+            self,
+            f"between 0 and learning_rate={self.learning_rate!r}",
+        )
         _require(_is_finite(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self, "a number >= 0")
         _require(_is_finite(self.warmup_epochs) and self.warmup_epochs >= 0, "warmup_epochs", self, "a number >= 0")
         for name in ("sgd_momentum", "adam_beta1", "adam_beta2"):
@@ -89,7 +98,11 @@ def _require(is_valid: bool, name: str, config: OptimizerConfig, allowed: str) -
 
 def peak_learning_rate(config: OptimizerConfig, global_batch_size: int) -> float:
     """The learning rate after the warm-up."""
-    return config.learning_rate * (global_batch_size / REFERENCE_BATCH if config.scale_learning_rate else 1.0)
+    return config.learning_rate * _scale(config, global_batch_size)
+
+
+def _scale(config: OptimizerConfig, global_batch_size: int) -> float:
+    return global_batch_size / REFERENCE_BATCH if config.scale_learning_rate else 1.0
 
 
 def learning_rate(
@@ -98,9 +111,10 @@ def learning_rate(
     """Learning rate of one optimiser step; a pure function.
 
     Warm-up: peak * step / warm-up steps. Then, with t = how far the run is between the end of the warm-up and its own
-    end (0 to 1, below 1): cosine is peak * (1 + cos(pi t)) / 2. The step schedule counts its milestones over the whole
-    run, warm-up included. With ``schedule_every="epoch"`` the position moves at epoch boundaries only (MoCo, SimSiam);
-    the warm-up always moves every step.
+    end (0 to 1, below 1) and floor = the scaled final rate: cosine is floor + (peak - floor) * (1 + cos(pi t)) / 2,
+    linear is floor + (peak - floor) * (1 - t). The step schedule counts its milestones over the whole run, warm-up
+    included. With ``schedule_every="epoch"`` the position moves at epoch boundaries only (MoCo, SimSiam); the warm-up
+    always moves every step.
 
     Args:
         config: peak, warm-up and schedule.
@@ -130,7 +144,10 @@ def learning_rate(
     if step < warmup_steps:
         return peak * warmup
     t = max(0.0, position - warmup_steps) / (total_steps - warmup_steps)
-    return peak * (1 + math.cos(math.pi * t)) / 2
+    floor = config.final_learning_rate * _scale(config, global_batch_size)
+    if config.schedule == "linear":
+        return floor + (peak - floor) * (1 - t)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * t)) / 2
 
 
 def build_optimizer(method: nn.Module, config: OptimizerConfig, global_batch_size: int) -> torch.optim.Optimizer:

@@ -50,6 +50,46 @@ def test_warmup_is_linear_from_0_then_the_cosine_covers_the_rest(every):
     assert curve[20:] == pytest.approx([0.5 * (1 + math.cos(math.pi * s / 80)) for s in rest])
 
 
+@pytest.mark.parametrize("every", ["step", "epoch"])
+def test_linear_falls_from_the_peak_to_the_floor(every):
+    config = OptimizerConfig(
+        learning_rate=1.0, schedule="linear", schedule_every=every, warmup_epochs=4, final_learning_rate=0.2
+    )
+    curve = _curve(config, batch=512)  # peak 2, floor 0.4
+    assert curve[:20] == pytest.approx([2 * s / 20 for s in range(20)])
+    rest = [s // STEPS * STEPS if every == "epoch" else s for s in range(80)]
+    assert curve[20:] == pytest.approx([2 - 1.6 * s / 80 for s in rest])
+
+
+def test_linear_is_torchs():
+    config = OptimizerConfig(learning_rate=0.4, schedule="linear", final_learning_rate=0.1)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.25, total_iters=EPOCHS * STEPS)
+    for value in _curve(config):
+        assert value == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_cosine_with_a_floor_is_torchs(scale):
+    # SwAV: 0.6 to 0.0006 for a batch of 256.
+    config = OptimizerConfig(learning_rate=0.6, final_learning_rate=0.0006, scale_learning_rate=scale)
+    factor = 2.0 if scale else 1.0
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.6 * factor)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * STEPS, eta_min=0.0006 * factor)
+    for value in _curve(config, batch=512):
+        assert value == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("schedule", ["step", "constant"])
+def test_other_schedules_have_no_floor(schedule):
+    with_floor = OptimizerConfig(learning_rate=1.0, schedule=schedule, final_learning_rate=0.5)
+    assert _curve(with_floor) == _curve(OptimizerConfig(learning_rate=1.0, schedule=schedule))
+
+
 def test_fractional_warmup():
     config = OptimizerConfig(learning_rate=1.0, warmup_epochs=0.5, schedule="constant")
     assert _curve(config)[:4] == pytest.approx([0, 0.4, 0.8, 1.0])
@@ -84,9 +124,12 @@ def test_warmup_of_the_whole_run_is_allowed_and_longer_refused():
     ("changes", "message"),
     [
         ({"optimizer": "adamw"}, "optimizer='adamw'.*'sgd', 'lars', 'adam'"),
-        ({"schedule": "linear"}, "schedule='linear'"),
+        ({"schedule": "exponential"}, "schedule='exponential'"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"learning_rate": math.nan}, "learning_rate=nan"),
+        ({"final_learning_rate": -1e-4}, "final_learning_rate=-0.0001"),
+        ({"learning_rate": 0.1, "final_learning_rate": 0.2}, "between 0 and learning_rate=0.1"),
+        ({"final_learning_rate": math.nan}, "final_learning_rate=nan"),
         ({"weight_decay": -1e-4}, "weight_decay"),
         ({"warmup_epochs": -1}, "warmup_epochs"),
         ({"sgd_momentum": 1.0}, "sgd_momentum"),
