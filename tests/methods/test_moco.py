@@ -144,13 +144,41 @@ def test_metrics_are_detached_and_mean_what_they_say():
     run = Run(MoCo, V2)
     method = run.build()
     result = train(run, method, range(3))
-    assert set(result["metrics"][0]) == {"contrast_top1", "positive_similarity", "same_image_rate", "feature_spread"}
+    assert set(result["metrics"][0]) == {
+        "contrast_top1",
+        "same_image_rate",
+        "positive_similarity",
+        "negative_similarity",
+        "alignment",
+        "feature_spread",
+        "mean_cosine",
+    }
     assert not any(value.requires_grad for value in result["metrics"][0].values())
     assert all(m["same_image_rate"] == 0 for m in result["metrics"])  # every step had new images
     again = train(run, method, range(1, 2))["metrics"][0]
     assert again["same_image_rate"] == 1
-    assert 0 <= again["contrast_top1"] <= 1
-    assert -1 <= again["positive_similarity"] <= 1
+
+
+def test_monitors_equal_their_definitions():
+    method, batch = Run(MoCo, replace(V2, shuffle_bn=False)).build(), make_batch(0)
+    reference = copy.deepcopy(method)
+    metrics = method(batch, Progress(0, 10, 0, 1)).metrics
+    with torch.no_grad():  # the first momentum update moves nothing: both encoders are still equal
+        q, k = (F.normalize(reference.projector(reference.backbone(view))) for view in batch.views)
+    positive, negatives = (q * k).sum(1), q @ reference.queue.keys.T
+    pairs = (q @ q.T)[~torch.eye(len(q), dtype=torch.bool)]
+    expected = {
+        "contrast_top1": (positive >= negatives.amax(1)).double().mean(),
+        "positive_similarity": positive.mean(),
+        "negative_similarity": negatives.mean(),
+        "alignment": (2 - 2 * positive).mean(),  # |q - k|^2 of unit vectors
+        "feature_spread": q.std(0, correction=0).mean() * q.shape[1] ** 0.5,
+        "mean_cosine": pairs.mean(),
+        "same_image_rate": 0.0,
+    }
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert metrics[name].item() == pytest.approx(float(value), abs=1e-6), name
 
 
 def test_backbone_is_saved_with_plain_keys_and_works_alone():
