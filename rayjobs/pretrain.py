@@ -20,6 +20,7 @@ from rich.console import Console
 from image_data.prepare import DataConfig, prepare
 from image_data.prepared import PreparedData
 from methods import METHODS, method_spec
+from methods.monitors import is_collapsed
 from methods.optimizers import OptimizerConfig
 from rayjobs.capacity import Placement, placement
 from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, option_value, plain, quiet_libraries, user_errors
@@ -129,7 +130,7 @@ def _run(
     from rayjobs.configs import config_hash, to_dict
     from rayjobs.ray_train import ProgressPoller, build_trainer, fit
     from rayjobs.tracking import Tracker, default_tracking_uri, tracking_summary
-    from rayjobs.trial_log import flat_parameters, log_epoch
+    from rayjobs.trial_log import collapse_text, flat_parameters, log_epoch
 
     record = run_record(config, data)
     job = Job(config, record, data, probe_tasks={}, placement=where)
@@ -150,6 +151,9 @@ def _run(
         with ProgressPoller(show) as poller:
             result = fit(build_trainer(job, target, "train", board=poller.board))
         assert result.checkpoint is not None
+        last = result.metrics or {}
+        if is_collapsed(last):
+            run.tags({"collapsed": "true"})
         with local_directory(result.checkpoint.path) as directory:
             copy_checkpoint(directory, target)
             run.artifact(directory / "config.json", "checkpoint")
@@ -162,6 +166,8 @@ def _run(
     finally:
         run.end(status)
         tracker.close(60)
+    if is_collapsed(last):
+        console.print(f"\n[yellow]{collapse_text(last)}[/yellow]")
     console.print(f"\nCheckpoint {target}", soft_wrap=True)
     console.print(f"MLflow     {tracking_summary(default_tracking_uri())}   experiment {options.experiment}")
     console.print(f"Evaluate   python rayjobs/evaluate.py --checkpoint {options.output}", soft_wrap=True)

@@ -18,10 +18,13 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from evaluation import Phase
+from methods import METHODS
+from methods.monitors import is_collapsed
 from rayjobs.capacity import head_resource
 from rayjobs.configs import PretrainConfig, with_parameters
 from rayjobs.job import Job, run_job, worker_device
 from rayjobs.optuna_search import PruneAwareOptunaSearch
+from rayjobs.record import trial_record
 from rayjobs.train_loop import TrainingDiverged, Worker
 from rayjobs.transfer import TaskConfigs, TransferResult, evaluate_checkpoint
 from search_spaces import SearchSpace, SpaceContext
@@ -34,8 +37,9 @@ __all__ = [
     "can_restore",
     "milestones",
     "restore_tuner",
+    "run_label",
+    "run_name",
     "trial_config",
-    "trial_name",
 ]
 
 REDUCTION_FACTOR = 2  # ASHA keeps the better half at each milestone
@@ -60,6 +64,7 @@ class SweepPlan:
         prune: whether ASHA stops trials early.
         phases: "val" while searching; "test" only for the report.
         folder: subfolder of Tune's own files.
+        named_by_seed: runs are called by method and seed, not by method and number.
     """
 
     base: Mapping[str, PretrainConfig]
@@ -75,6 +80,7 @@ class SweepPlan:
     prune: bool = True
     phases: tuple[Phase, ...] = ("val",)
     folder: str = "tune"
+    named_by_seed: bool = False
 
 
 def milestones(epochs: int) -> tuple[int, ...]:
@@ -95,16 +101,28 @@ def trial_config(plan: SweepPlan, sampled: Mapping[str, Any]) -> PretrainConfig:
     return with_parameters(plan.base[method], parameters)
 
 
-def trial_name(method: str, number: int) -> str:
+def run_label(config: PretrainConfig) -> str:
+    """What a run is listed under: its method, or which untrained backbone it is."""
+    if config.train.epochs:
+        return config.method
+    return "random_init_lab" if METHODS[config.method].color_space == "lab" else "random_init"
+
+
+def run_name(plan: SweepPlan, config: PretrainConfig, number: int) -> str:
     """Readable name of the ``number``-th trial's run."""
-    return f"{method}-{number:02d}"
+    label = run_label(config)
+    return f"{label}-seed{config.train.seed}" if plan.named_by_seed else f"{label}-{number:02d}"
 
 
 class TuneReporter:
-    """The loop's Reporter inside a Tune trial (one worker per trial)."""
+    """The loop's Reporter inside a Tune trial (one worker per trial); ``last`` is the newest report."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, Any] = {}
 
     def report(self, metrics: dict[str, Any], save: Callable[[Path], None] | None) -> None:
         """Report one epoch, with its checkpoint where there is one."""
+        self.last = metrics
         if save is None:
             tune.report(metrics)
             return
@@ -131,9 +149,9 @@ def run_trial(sampled: dict[str, Any], plan: SweepPlan) -> None:
     sampled = sampled.get("point", sampled)
     config = trial_config(plan, sampled)
     job = plan.jobs[config.method]
-    job = replace(job, config=config, record=job.record | {"parameters": dict(sampled)})
+    job = replace(job, config=config, record=trial_record(job.record, config, sampled))
     try:
-        checkpoint = _pretrain(job, plan)
+        checkpoint, last = _pretrain(job, plan)
     except TrainingDiverged as error:
         # Restarting would diverge again in the same step: the trial ends here, as failed.
         tune.report({"epoch": 0, "diverged": str(error)})
@@ -142,18 +160,19 @@ def run_trial(sampled: dict[str, Any], plan: SweepPlan) -> None:
         results = {
             phase: evaluate_checkpoint(directory, plan.tasks, phase, job.data, config.train) for phase in plan.phases
         }
-    tune.report(final_report(results, config.train.epochs + 1, plan.objective, checkpoint))
+    tune.report(final_report(results, config.train.epochs + 1, plan.objective, checkpoint, last))
 
 
-def _pretrain(job: Job, plan: SweepPlan) -> str:
-    """Train; returns the path of the last checkpoint.
+def _pretrain(job: Job, plan: SweepPlan) -> tuple[str, dict[str, Any]]:
+    """Train; returns the path of the last checkpoint and the metrics of the last epoch.
 
     One worker runs in this process. Several are a nested Ray Train run, named after the trial so that a restored trial
     continues it.
     """
     if job.config.train.num_workers == 1:
-        run_job(job, Worker(0, 1, worker_device(job.config.train)), TuneReporter())
-        return tune.get_checkpoint().path
+        reporter = TuneReporter()
+        run_job(job, Worker(0, 1, worker_device(job.config.train)), reporter)
+        return tune.get_checkpoint().path, reporter.last
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from rayjobs.ray_train import build_trainer, fit
@@ -162,7 +181,7 @@ def _pretrain(job: Job, plan: SweepPlan) -> str:
     trainer = build_trainer(job, f"{plan.storage}/train", f"train-{trial_id}", [TuneReportCallback()])
     result = fit(trainer)
     assert result.checkpoint is not None
-    return result.checkpoint.path
+    return result.checkpoint.path, result.metrics or {}
 
 
 @contextmanager
@@ -175,14 +194,20 @@ def _as_directory(path: str) -> Iterator[str]:
         yield str(directory)
 
 
-def final_report(results: Mapping[str, TransferResult], epoch: int, objective: str, checkpoint: str) -> dict[str, Any]:
-    """The last report of a trial: the objective, all transfer metrics with intervals, their protocol."""
+def final_report(
+    results: Mapping[str, TransferResult], epoch: int, objective: str, checkpoint: str, last: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The last report of a trial, which Tune keeps: transfer metrics with intervals and protocol, and how the last
+    epoch went."""
+    pretext = {name: float(value) for name, value in last.items() if isinstance(value, int | float)}
     first = next(iter(results.values()))
     return {
         "epoch": epoch,
         "objective": first.value(objective),
         "transfer": {phase: result.to_json() for phase, result in results.items()},
         "checkpoint_path": checkpoint,
+        "pretext": pretext,
+        "collapsed": is_collapsed(pretext),
     }
 
 
@@ -334,17 +359,16 @@ def can_restore(plan: SweepPlan) -> bool:
     return tune.Tuner.can_restore(f"{plan.storage}/{plan.folder}")
 
 
-def restore_tuner(plan: SweepPlan, listener: Any) -> tune.Tuner:
-    """An interrupted sweep: finished trials stay, unfinished ones go on from their last checkpoint."""
-    tuner = tune.Tuner.restore(
-        f"{plan.storage}/{plan.folder}", trainable=_trainable(plan), resume_unfinished=True, resume_errored=False
-    )
+def restore_tuner(plan: SweepPlan, listener: Any, retry_crashed: bool = False) -> tune.Tuner:
+    """An interrupted sweep: finished trials stay, unfinished (and crashed) ones go on from their last checkpoint."""
+    folder = f"{plan.storage}/{plan.folder}"
+    tuner = tune.Tuner.restore(folder, _trainable(plan), resume_unfinished=True, resume_errored=retry_crashed)
     # The listener holds threads and cannot be pickled with the experiment.
     local: Any = tuner._local_tuner
     local.get_run_config().callbacks = [TrialEvents(listener)]
     scheduler = local._tune_config.scheduler
     if isinstance(scheduler, ResumableASHA):
-        for trial_id, values in stored_milestones(f"{plan.storage}/{plan.folder}").items():
+        for trial_id, values in stored_milestones(folder).items():
             scheduler.recall(trial_id, values)
     return tuner
 

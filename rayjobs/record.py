@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
 from image_data.prepared import PreparedData
 from rayjobs.configs import PretrainConfig, config_hash
+from rayjobs.job import view_recipes
 from rayjobs.places import PROJECT_ROOT
 
-__all__ = ["data_record", "git_revision", "package_versions", "run_record"]
+__all__ = ["data_record", "git_revision", "package_versions", "run_record", "trial_record"]
 
 PACKAGES = ("torch", "torchvision", "ray", "optuna", "mlflow", "numba", "numpy", "pillow", "simplejpeg", "scikit-learn")
 
@@ -21,9 +23,7 @@ PACKAGES = ("torch", "torchvision", "ray", "optuna", "mlflow", "numba", "numpy",
 def run_record(config: PretrainConfig, data: PreparedData) -> dict[str, Any]:
     """Everything of the run record that is known when a run starts."""
     return {
-        "config_hash": config_hash(config),
-        "method": config.method,
-        "seed": config.train.seed,
+        **_of_config(config),
         "data": data_record(data),
         "versions": package_versions(),
         "git": git_revision(),
@@ -35,6 +35,21 @@ def run_record(config: PretrainConfig, data: PreparedData) -> dict[str, Any]:
             "gpu": config.train.use_gpu,
         },
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def trial_record(record: Mapping[str, Any], config: PretrainConfig, sampled: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of one trial: that of its method's fixed settings, with what the sampled parameters change."""
+    return {**record, **_of_config(config), "parameters": dict(sampled)}
+
+
+def _of_config(config: PretrainConfig) -> dict[str, Any]:
+    """What follows from the configuration; views in full, since a recipe's name may mean something else tomorrow."""
+    return {
+        "config_hash": config_hash(config),
+        "method": config.method,
+        "seed": config.train.seed,
+        "views": [recipe.to_json() for recipe in view_recipes(config)],
     }
 
 

@@ -35,6 +35,12 @@ def print_report(results: Mapping[str, Any], console: Console) -> None:
     outcomes = [t["outcome"] for t in results["trials"]]
     counts = ", ".join(f"{outcomes.count(o)} {o}" for o in sorted(set(outcomes)))
     console.print(f"[dim]{len(outcomes)} trials: {counts}. Split: {results['rule']}[/dim]", highlight=False)
+    collapsed = [t["name"] for t in results["trials"] if t.get("collapsed")]
+    if collapsed:
+        console.print(
+            f"[yellow]{len(collapsed)} collapsed[/yellow] (the features of all images nearly the same; in MLflow: "
+            f"tags.collapsed = 'true'): {', '.join(collapsed)}"
+        )
     if "best" not in results:
         console.print("[red]No trial finished: see the runs' error.txt in MLflow.[/red]")
         return
@@ -82,7 +88,8 @@ def _parameters(trial: Mapping[str, Any]) -> str:
     values = trial["sampled"]
     short = {"temperature": "tau", "queue_size": "K", "projector_depth": "depth", "learning_rate": "lr"}
     shown = {short.get(k, "warm-up"): values[k] for k in SHOWN if k in values}
-    return " ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+    text = " ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+    return f"{text} [yellow]collapsed[/yellow]".strip() if trial.get("collapsed") else text
 
 
 def _cell(metric: Mapping[str, Any] | None) -> str:

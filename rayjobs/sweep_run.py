@@ -26,14 +26,14 @@ from rayjobs.ray_tune import (
     can_restore,
     milestones,
     restore_tuner,
+    run_name,
     trial_config,
-    trial_name,
 )
 from rayjobs.record import data_record, package_versions, run_record
 from rayjobs.reports import print_report, save_plots
 from rayjobs.sweep_config import SweepConfig, SweepSetup
 from rayjobs.tracking import RunHandle, Tracker
-from rayjobs.trial_log import TrialLog, log_transfer
+from rayjobs.trial_log import TrialLog, has_collapsed, log_transfer
 
 __all__ = ["SweepInterrupted", "run_sweep", "state_folder", "sweep_folder"]
 
@@ -213,7 +213,7 @@ def _row(plan: SweepPlan, trial: Any, number: int) -> dict[str, Any]:
         outcome = "finished" if "transfer" in result else "diverged" if result.get("diverged") else "pruned"
     return {
         "trial_id": trial.trial_id,
-        "name": trial_name("random_init" if config.train.epochs == 0 else config.method, number),
+        "name": run_name(plan, config, number),
         "method": config.method,
         "sampled": dict(sampled),
         "outcome": outcome,
@@ -221,6 +221,8 @@ def _row(plan: SweepPlan, trial: Any, number: int) -> dict[str, Any]:
         "seconds": result.get("time_total_s", 0.0),
         "proxy": result.get("proxy"),
         "objective": result.get("objective"),
+        "collapsed": has_collapsed(result),
+        "pretext": result.get("pretext", {}),
         "transfer": result.get("transfer", {}),
         "checkpoint": result.get("checkpoint_path"),
         "config": to_dict(config),

@@ -12,12 +12,22 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from methods.monitors import COLLAPSED_SPREAD, is_collapsed
 from rayjobs.checkpoint import save_transfer_checkpoint
 from rayjobs.configs import PretrainConfig, config_hash, to_dict
-from rayjobs.ray_tune import SweepPlan, trial_config, trial_name
+from rayjobs.ray_tune import SweepPlan, run_label, run_name, trial_config
+from rayjobs.record import trial_record
 from rayjobs.tracking import RunHandle, Tracker
 
-__all__ = ["TrialLog", "flat_parameters", "log_epoch", "log_transfer", "metric_text"]
+__all__ = [
+    "TrialLog",
+    "collapse_text",
+    "flat_parameters",
+    "has_collapsed",
+    "log_epoch",
+    "log_transfer",
+    "metric_text",
+]
 
 NOT_METRICS = ("epoch", "step", "curve")
 
@@ -56,6 +66,21 @@ def log_transfer(run: RunHandle, transfer: Mapping[str, Any], epoch: int) -> Non
                 values[f"{prefix}{name}_ci95"] = metric["ci95"]
         run.metrics(values, epoch)
         run.json(result["protocol"], f"protocol_{phase}.json")
+
+
+def has_collapsed(report: Mapping[str, Any]) -> bool:
+    """Whether a trial's last report (its final one, or an epoch's where it was stopped) shows a collapse."""
+    return bool(report.get("collapsed", is_collapsed(dict(report))))
+
+
+def collapse_text(metrics: Mapping[str, float]) -> str:
+    """What a collapsed run means and what to try, for the terminal."""
+    return (
+        "Collapsed: the features of all images are nearly the same "
+        f"(feature_spread {metrics['feature_spread']:.2f}; healthy is about 1, collapsed below {COLLAPSED_SPREAD:g}). "
+        "Downstream tasks will hardly beat chance. Try a lower --learning-rate, more --warmup-epochs or a larger "
+        "--batch-size; if the method's own settings were changed, go back to its defaults."
+    )
 
 
 def metric_text(metric: Mapping[str, Any] | None) -> str:
@@ -110,15 +135,14 @@ class TrialLog:
         """Open (or, after a resume, reopen) a trial's run."""
         number = self.number(trial_id)
         config = trial_config(self._plan, sampled)
-        is_baseline = config.train.epochs == 0
-        name = trial_name("random_init" if is_baseline else config.method, number)
+        name = run_name(self._plan, config, number)
         self._names[trial_id] = name
         run = self._tracker.run(
             name,
             {
                 "key": f"{self._plan.name}/{self._plan.folder}/{trial_id}",
                 "kind": self._label,
-                "method": "random_init" if is_baseline else config.method,
+                "method": run_label(config),
                 "config_hash": config_hash(config),
                 "trial_id": trial_id,
             },
@@ -126,7 +150,7 @@ class TrialLog:
         )
         self._runs[trial_id] = run
         run.params(flat_parameters(config))
-        record = self._plan.jobs[config.method].record
+        record = trial_record(self._plan.jobs[config.method].record, config, sampled)
         run.json({"config": to_dict(config), "record": record, "sampled": dict(sampled)}, "config.json")
         self._say(trial_id, "started", _short(sampled))
 
@@ -147,13 +171,17 @@ class TrialLog:
             trial_id,
             f"epoch {int(report['epoch'])}",
             f"loss {report.get('loss', float('nan')):.3f}{proxy}  {report.get('images_per_second', 0):.0f} images/s  "
-            f"data wait {report.get('data_wait_percent', 0):.0f} %",
+            f"data wait {report.get('data_wait_percent', 0):.0f} %"
+            + (f"  collapsed: feature_spread {report['feature_spread']:.2g}" if is_collapsed(dict(report)) else ""),
         )
 
     def trial_ended(self, trial_id: str, report: Mapping[str, Any], error: str | None) -> None:
         """Close the run with the status that fits."""
         run = self._runs[trial_id]
         self._ended.add(trial_id)
+        collapsed = has_collapsed(report)
+        if collapsed:
+            run.tags({"collapsed": "true"})
         if error is not None or report.get("diverged"):
             run.tags({"outcome": "diverged" if report.get("diverged") else "crashed"})
             run.text(error or str(report.get("diverged")), "error.txt")
@@ -166,6 +194,7 @@ class TrialLog:
             run.end("FINISHED")
             phase = next(iter(report["transfer"].values()))
             text = metric_text(phase["metrics"].get(self._plan.objective))
+            text += "  collapsed: the features of all images are nearly the same" if collapsed else ""
             self._say(trial_id, "[green]finished[/green]", f"{self._plan.objective} {text}")
         else:
             run.tags({"outcome": "pruned"})
