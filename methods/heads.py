@@ -26,7 +26,7 @@ def mlp_head(
     relu: bool = True,
     hidden_bias: bool | None = None,
     output_bias: bool | Literal["frozen"] = True,
-    output_batchnorm: Literal["none", "affine", "plain"] = "none",
+    output_batchnorm: Literal["none", "affine", "gain", "plain"] = "none",
 ) -> nn.Sequential:
     """``depth - 1`` blocks Linear-[BN]-[ReLU] and a last Linear-[BN].
 
@@ -43,7 +43,8 @@ def mlp_head(
         hidden_bias: bias in the linear layers before the last; by default only where no BatchNorm follows, because
             BatchNorm subtracts it again.
         output_bias: bias of the last layer; "frozen" keeps it at its random initial value (the official SimSiam code).
-        output_batchnorm: after the last layer: none, BatchNorm with gain and bias, or plain BatchNorm without.
+        output_batchnorm: after the last layer: none, BatchNorm with gain and bias, with gain only (SimCLR), or plain
+            BatchNorm without either (SimSiam).
 
     Returns:
         A module (B, in_dim) -> (B, head_dim(in_dim, out_dim, depth)).
@@ -68,7 +69,10 @@ def mlp_head(
             last.bias.requires_grad_(False)
         layers.append(last)
         if output_batchnorm != "none":
-            layers.append(nn.BatchNorm1d(out_dim, affine=output_batchnorm == "affine"))
+            batchnorm_out = nn.BatchNorm1d(out_dim, affine=output_batchnorm != "plain")
+            if output_batchnorm == "gain":
+                batchnorm_out.bias.requires_grad_(False)
+            layers.append(batchnorm_out)
     return nn.Sequential(*layers)
 
 

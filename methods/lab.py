@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "normalized_lab", "rgb_to_lab"]
@@ -22,24 +25,34 @@ _TO_LAB = ((0.0, 116.0, 0.0), (500.0, -500.0, 0.0), (0.0, 200.0, -200.0))
 _LAB_SHIFT = (-16.0, 0.0, 0.0)
 
 
+@lru_cache(maxsize=32)
+def _constant(values: tuple, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of constants that stays on the device: a copy from the host would wait for it in every step."""
+    return torch.tensor(values, dtype=dtype, device=device).view(shape)
+
+
+def _like(x: Tensor, values: tuple, shape: tuple[int, ...] = (3, 1, 1)) -> Tensor:
+    return _constant(values, x.device, x.dtype, shape)
+
+
 def _mix(x_B3HW: Tensor, matrix: tuple[tuple[float, ...], ...]) -> Tensor:
     """A 3x3 matrix on the channels; keeps channels_last."""
-    return torch.nn.functional.conv2d(x_B3HW, x_B3HW.new_tensor(matrix)[:, :, None, None])
+    return F.conv2d(x_B3HW, _like(x_B3HW, matrix, (3, 3, 1, 1)))
 
 
 @torch.no_grad()
 def rgb_to_lab(rgb_B3HW: Tensor) -> Tensor:
-    """L in [0, 100], a and b in about [-110, 110].
+    """L in [0, 100], a and b in about [-110, 110]; float32 or better.
 
     Args:
         rgb_B3HW: sRGB in [0, 1]; values outside (an augmented image never has them) are clipped.
     """
     with torch.autocast(rgb_B3HW.device.type, enabled=False):
-        rgb = rgb_B3HW.float().clamp(0.0, 1.0) if rgb_B3HW.dtype != torch.float64 else rgb_B3HW.clamp(0.0, 1.0)
+        rgb = rgb_B3HW.to(torch.promote_types(rgb_B3HW.dtype, torch.float32)).clamp(0.0, 1.0)
         linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).pow(2.4), rgb / 12.92)
         xyz = _mix(linear, _TO_XYZ)
         f = torch.where(xyz > 0.008856, xyz.clamp_min(1e-8).pow(1 / 3), 7.787 * xyz + 16.0 / 116.0)
-        return _mix(f, _TO_LAB) + f.new_tensor(_LAB_SHIFT)[:, None, None]
+        return _mix(f, _TO_LAB) + _like(f, _LAB_SHIFT)
 
 
 @torch.no_grad()
@@ -49,7 +62,6 @@ def normalized_lab(x_B3HW: Tensor) -> Tensor:
     Fixed constants instead of a data set's statistics, so that a checkpoint means the same on every data set; on
     natural images they give values of the order of 1.
     """
-    mean = x_B3HW.new_tensor(IMAGENET_MEAN)[:, None, None]
-    std = x_B3HW.new_tensor(IMAGENET_STD)[:, None, None]
-    lab = rgb_to_lab(x_B3HW * std + mean) / 50.0
-    return lab - lab.new_tensor((1.0, 0.0, 0.0))[:, None, None]
+    x_B3HW = x_B3HW.to(torch.promote_types(x_B3HW.dtype, torch.float32))
+    lab = rgb_to_lab(x_B3HW * _like(x_B3HW, IMAGENET_STD) + _like(x_B3HW, IMAGENET_MEAN)) / 50.0
+    return lab - _like(lab, (1.0, 0.0, 0.0))
