@@ -93,6 +93,8 @@ def test_equals_the_official_formulation():
     torch.testing.assert_close(result.loss, F.cross_entropy(masked, target))
     torch.testing.assert_close(result.top1, (masked.argmax(1) == 0).double().mean())
     torch.testing.assert_close(result.positive_similarity, positive.detach().mean())
+    torch.testing.assert_close(result.negative_similarity, negative.detach().mean())  # masked ones too
+    assert not result.negative_similarity.requires_grad
     assert result.num_masked_queries == 0
 
 
@@ -161,6 +163,68 @@ def test_extreme_temperature_stays_finite_and_exact():
     # Query 0: log(2 e^0 + 61 e^-500) + 500; query 1: log(e^500 + ...) - 500 = 0.
     assert result.item() == pytest.approx((math.log(2) + 500) / 2)
     assert gradient(result, q).isfinite().all()
+
+
+@pytest.fixture
+def long_queue(monkeypatch):
+    """q, k and K = 65,536 keys of 1,000 classes in float32, in the blocks of real runs; the last one is ragged."""
+    monkeypatch.setattr(losses, "_CPU_BLOCK_LOGITS", 2**16 - 2**9)
+    generator = torch.Generator().manual_seed(0)
+    q, k, queue = (F.normalize(torch.randn(n, 128, generator=generator), dim=1) for n in (64, 64, 65536))
+    labels, queue_labels = (torch.randint(-1, 1000, (n,), generator=generator) for n in (64, 65536))
+    return q.requires_grad_(), k, queue, labels.clamp_min(0), queue_labels
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tau", [0.04, 0.2])
+def test_long_queue_in_float32_equals_the_slow_formula(long_queue, tau, masked):
+    q, k, queue, labels, queue_labels = long_queue
+    ids = (labels, queue_labels) if masked else (None, None)
+    got = contrast(q, k, queue, tau, *ids)
+    q64 = q.detach().double().requires_grad_()
+    positive, negative = (q64 * k).sum(1, keepdim=True), q64 @ queue.double().T
+    if masked:
+        negative = negative.masked_fill(labels[:, None] == queue_labels, -torch.inf)
+    slow = F.cross_entropy(torch.cat([positive, negative], 1) / tau, torch.zeros(len(q), dtype=torch.int64))
+    torch.testing.assert_close(got.loss.double(), slow, rtol=1e-5, atol=0)
+    expected = gradient(slow, q64)
+    assert (gradient(got.loss, q).double() - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_bf16_queue_is_the_rounded_queue_and_close_to_fp32(long_queue, masked):
+    q, k, queue, *labels = long_queue
+    ids = labels if masked else (None, None)
+    got, rounded, exact = (
+        contrast(q, k, keys, 0.07, *ids) for keys in (queue.bfloat16(), queue.bfloat16().float(), queue)
+    )
+    assert got.loss.dtype == torch.float32
+    gradients = [gradient(result.loss, q) for result in (got, rounded, exact)]
+    torch.testing.assert_close(got.loss, rounded.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got.loss, exact.loss, rtol=3e-3, atol=0)
+    assert (gradients[0] - gradients[2]).norm() < 3e-3 * gradients[2].norm()
+    torch.testing.assert_close(got.negative_similarity, exact.negative_similarity, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tau", [0.002, 0.01, 0.07])
+def test_counted_logits_far_below_the_bound_do_not_underflow(tau):
+    """The hardest negatives are masked: what counts is at -1 / tau, where exp(-2 / tau) is 0 in float32."""
+    q = torch.tensor([[1.0, 0.0]] * 2).requires_grad_()
+    queue = torch.tensor([[1.0, 0.0]] * 30 + [[-1.0, 0.0]] * 30)
+    queue_labels = torch.tensor([5] * 30 + [6] * 30)
+    result = contrast(q, -q.detach(), queue, tau, torch.tensor([5, 5]), queue_labels)
+    assert result.loss.item() == pytest.approx(math.log(31), rel=1e-5)
+    assert result.top1 == 1
+
+
+def test_vectors_of_any_length_are_exact():
+    q, k, queue, labels, queue_labels = make_inputs()
+    queue = queue * torch.linspace(0.1, 30, len(queue))[:, None]
+    ours = label_masked_info_nce(q, k, queue, labels, queue_labels, 0.07)
+    slow = slow_loss(q, k, queue, 0.07, labels, queue_labels)
+    torch.testing.assert_close(ours, slow, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient(ours, q), gradient(slow, q), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
