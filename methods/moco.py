@@ -24,7 +24,7 @@ from methods.losses import contrast
 from methods.momentum_encoder import KeyEncoder, resolve_bn_splits, unit_vectors
 from methods.monitors import contrast_monitors
 from methods.optimizers import OptimizerConfig
-from methods.queue import FeatureQueue, validate_queue_size
+from methods.queue import FeatureQueue, QueueDtype, validate_queue_dtype, validate_queue_size
 
 __all__ = [
     "OPTIMIZER_V1",
@@ -61,6 +61,8 @@ class MoCoConfig:
         shuffle_bn: ShuffleBN, against reading the answer from shared batch statistics.
         bn_splits: BatchNorm groups of one worker's forward pass, in both encoders; "auto" makes groups of about 32
             images as in the paper (256 images on 8 GPUs) when shuffle_bn is on, else 1.
+        queue_dtype: what queued keys are stored in; bf16 halves the queue's memory, the contrast still computes in fp32
+            (loss and gradient change by about 0.1 %).
     """
 
     temperature: float = 0.2
@@ -71,6 +73,7 @@ class MoCoConfig:
     projector_dim: int = 128
     shuffle_bn: bool = True
     bn_splits: int | Literal["auto"] = "auto"
+    queue_dtype: QueueDtype = "fp32"
 
 
 def validate_momentum_contrast(config: Any, context: MethodContext, method: str) -> None:
@@ -104,6 +107,7 @@ class MoCo(nn.Module):
     def validate(config: MoCoConfig, context: MethodContext) -> None:
         """Raises ``ValueError`` for a setting that cannot train."""
         validate_momentum_contrast(config, context, "moco")
+        validate_queue_dtype(config.queue_dtype)
 
     def __init__(self, config: MoCoConfig, backbone: Any, context: MethodContext) -> None:
         super().__init__()
@@ -120,7 +124,7 @@ class MoCo(nn.Module):
         # The first, random keys differ from run to run like the weights do.
         generator = torch.Generator().manual_seed(int(self.key_encoder.shuffle_seed))
         dim = head_dim(width, config.projector_dim, config.projector_depth)
-        self.queue = FeatureQueue(config.queue_size, dim, generator=generator)
+        self.queue = FeatureQueue(config.queue_size, dim, generator=generator, dtype=config.queue_dtype)
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """InfoNCE of the first view (query) against the second (key) and the queue."""
@@ -132,7 +136,8 @@ class MoCo(nn.Module):
         metrics = {
             "contrast_top1": result.top1,
             "same_image_rate": self.queue.same_image_rate(batch.index),
-        } | contrast_monitors(q, k, self.queue.keys)
+            "negative_similarity": result.negative_similarity,
+        } | contrast_monitors(q, k)
         self.queue.stage(k, batch.labels, batch.index, progress.micro_step)
         return StepOutput(result.loss, metrics)
 

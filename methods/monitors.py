@@ -39,7 +39,8 @@ def contrast_monitors(q_BD: Tensor, k_BD: Tensor, negatives_ND: Tensor | None = 
     Args:
         q_BD: features of one view.
         k_BD: features of the other view of the same images.
-        negatives_ND: features of other images.
+        negatives_ND: features of other images, a batch or so: they are read once more. For a queue leave them out and
+            take ``losses.Contrast.negative_similarity``, which the pass over its keys yields.
 
     Returns:
         The monitors of ``feature_monitors`` for q; `positive_similarity`, mean q.k; `alignment`, mean |q - k|^2 (Wang

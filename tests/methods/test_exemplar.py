@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from methods.contracts import Method, MethodContext
+from methods.contracts import Method, MethodContext, Progress
 from methods.exemplar import Exemplar, ExemplarConfig
 from methods.moco import MoCo, MoCoConfig
 from tests.methods.distributed import run_processes
-from tests.methods.small_training import Run, make_batch, run_all, train
+from tests.methods.small_training import Run, TinyBackbone, make_batch, run_all, train
 
 V2 = ExemplarConfig(queue_size=24, momentum=0.9, projector_dim=6, bn_splits=2)
 V1 = replace(V2, temperature=0.07, projector_depth=1)
@@ -125,6 +125,32 @@ def test_labels_stay_beside_their_keys():
     assert [label_of[i] for i in state["queue.index"].tolist()] == state["queue.labels"].tolist()
 
 
+def test_metrics_add_the_masked_queries_to_mocos():
+    run = Run(Exemplar, V2)
+    metrics = train(run, run.build(), range(4))["metrics"]
+    moco = train(replace(run, method=MoCo), replace(run, method=MoCo).build(), range(1))["metrics"]
+    assert set(metrics[0]) == set(moco[0]) | {"masked_queries"}
+    # Nothing is masked yet: all queued keys are of unknown class.
+    torch.testing.assert_close({k: v for k, v in metrics[0].items() if k != "masked_queries"}, moco[0])
+    assert not any(value.requires_grad for value in metrics[0].values())
+
+
+def test_bf16_queue_is_stored_in_bf16():
+    run = Run(Exemplar, replace(V2, queue_dtype="bf16"))
+    context = MethodContext(4, num_images=1000, global_batch_size=8, world_size=1, image_size=9)
+    method = Exemplar(run.config, TinyBackbone().float(), context)
+    assert method.queue.keys.dtype == torch.bfloat16
+    batch = make_batch(0)
+    batch = batch._replace(views=[view.float() for view in batch.views])
+    output = method(batch, Progress(0, 10, 0, 1))
+    assert output.loss.dtype == torch.float32
+    assert all(value.dtype != torch.bfloat16 for value in output.metrics.values())
+    output.loss.backward()
+    method.after_step(Progress(0, 10, 0, 1))
+    assert method.queue.labels is not None
+    assert method.queue.labels[:8].tolist() == batch.labels.tolist()
+
+
 def test_follows_the_contract():
     assert isinstance(Run(Exemplar, V2).build(), Method)
 
@@ -135,6 +161,7 @@ def test_follows_the_contract():
         ({}, 1, "at least 2 classes, or moco_v2"),
         ({"temperature": -1.0}, 4, "exemplar got temperature"),
         ({"queue_size": 2**20}, 4, "at most 960"),
+        ({"queue_dtype": "fp16"}, 4, r"queue_dtype='fp16'.*fp32, bf16"),
     ],
 )
 def test_wrong_settings_are_explained(changes, num_classes, message):

@@ -214,6 +214,22 @@ def test_autocast_keeps_the_loss_in_float32():
     assert method.queue.keys.dtype == torch.float32
 
 
+def test_bf16_queue_stores_half_the_bytes_and_hardly_changes_the_losses():
+    run = Run(MoCo, V2)
+    half = run.with_config(queue_dtype="bf16")
+    method = half.build()
+    assert method.queue.keys.dtype == torch.float64  # the tests' .double(); undone here
+    method.queue.keys = method.queue.keys.bfloat16()
+    losses = train(half, method, range(STEPS))["losses"]
+    assert method.queue.keys.dtype == torch.bfloat16
+    torch.testing.assert_close(losses, train(run, run.build(), range(STEPS))["losses"], rtol=5e-2, atol=0)
+    resumed = half.build()
+    resumed.queue.keys = resumed.queue.keys.bfloat16()
+    resumed.load_state_dict(copy.deepcopy(method.state_dict()))
+    a, b = (train(half, m, range(STEPS, STEPS + 2)) for m in (method, resumed))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 CONTEXT = MethodContext(num_classes=4, num_images=1000, global_batch_size=64, world_size=1, image_size=32)
 
 
@@ -229,6 +245,7 @@ CONTEXT = MethodContext(num_classes=4, num_images=1000, global_batch_size=64, wo
         ({"queue_size": 65536}, r"at most 960"),
         ({"queue_size": 100}, r"Use 64 or 128"),
         ({"bn_splits": 5}, r"bn_splits=5"),
+        ({"queue_dtype": "fp16"}, r"queue_dtype='fp16'.*fp32, bf16"),
     ],
 )
 def test_wrong_settings_are_explained(changes, message):

@@ -62,6 +62,22 @@ def test_state_round_trip_continues_at_the_same_slot():
     torch.testing.assert_close(queue.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
+def test_bf16_keys_are_the_rounded_fp32_keys_and_their_state_round_trips():
+    exact, queue = FeatureQueue(12, 5, with_labels=True), FeatureQueue(12, 5, with_labels=True, dtype="bf16")
+    for step in range(2):
+        assert queue.keys.dtype == torch.bfloat16
+        assert torch.equal(queue.keys, exact.keys.bfloat16())
+        assert torch.equal(queue.labels, exact.labels)
+        for q in (exact, queue):
+            q.enqueue(*make_keys(8, step))
+    other = FeatureQueue(12, 5, with_labels=True, generator=torch.Generator().manual_seed(9), dtype="bf16")
+    other.load_state_dict(copy.deepcopy(queue.state_dict()))
+    assert other.keys.dtype == torch.bfloat16
+    torch.testing.assert_close(queue.state_dict(), other.state_dict(), rtol=0, atol=0)
+    other.load_state_dict(exact.state_dict())  # a run may go on with the smaller queue
+    torch.testing.assert_close(queue.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
 def test_staged_micro_steps_enter_together_and_in_order():
     queue, expected = FeatureQueue(12, 5, with_labels=True), FeatureQueue(12, 5, with_labels=True)
     keys, labels, index = make_keys(6, 0)
@@ -110,6 +126,15 @@ def test_same_image_rate_counts_images_not_keys():
         assert queue.same_image_rate(index) == pytest.approx(sum(i in held for i in index.tolist()) / 5)
 
 
+def test_same_image_rate_tells_ids_with_equal_low_bits_apart():
+    """On a CPU the low 16 bits sort most ids out; -1 (no image) has all of them set."""
+    queue = FeatureQueue(6, 5)
+    index = torch.tensor([7, 2**16 + 7, 2**33 + 7, 2**16 - 1])
+    assert queue.same_image_rate(index) == 0
+    queue.enqueue(torch.zeros(3, 5), index=torch.tensor([2**16 + 7, 2**17 + 7, 2**17 - 1]))
+    assert queue.same_image_rate(index) == 1 / 4
+
+
 def test_wrong_writes_are_explained():
     queue = FeatureQueue(4, 5, with_labels=True)
     with pytest.raises(ValueError, match="5 keys do not fit a queue of 4"):
@@ -118,6 +143,8 @@ def test_wrong_writes_are_explained():
         queue.enqueue(torch.zeros(4, 5))
     with pytest.raises(ValueError, match="with_labels"):
         FeatureQueue(4, 5).enqueue(*make_keys(4, 0))
+    with pytest.raises(ValueError, match=r"queue_dtype='fp16' is unknown. Use one of fp32, bf16"):
+        FeatureQueue(4, 5, dtype="fp16")
 
 
 def context(num_images: int, batch: int) -> MethodContext:
