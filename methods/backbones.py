@@ -182,10 +182,10 @@ class ResNet(nn.Module):
 class _ConvBlock(nn.Module):
     """3x3 convolution, 2x2 max-pool, BatchNorm, CELU(0.075): pooled before the norm, as in the authors' code."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, ceil_mode: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
-        self.pool = nn.MaxPool2d(2)
+        self.pool = nn.MaxPool2d(2, ceil_mode=ceil_mode)
         self.bn = nn.BatchNorm2d(out_channels)
         self.relu = nn.CELU(alpha=0.075, inplace=True)
 
@@ -207,7 +207,8 @@ class ResNet9(nn.Module):
     stage 3: conv3x3(512)-pool-BN-CELU, residual block, Linear(512, 256) per location. Stride 8.
 
     ``stem="small"`` is this network, which the paper trains at 64 px. ``stem="imagenet"`` is our addition for large
-    images: torchvision's stem (7x7 stride 2, BN, ReLU, 3x3 max-pool of stride 2) before the same stages; stride 32.
+    images: torchvision's stem (7x7 stride 2, BN, ReLU, 3x3 max-pool of stride 2) before the same stages, whose pools
+    round odd sides up; stride 32.
     """
 
     def __init__(
@@ -216,9 +217,10 @@ class ResNet9(nn.Module):
         super().__init__()
         self.num_features = 4 * width
         self.conv1, self.bn1, self.relu, self.maxpool = _stem(stem, in_channels, width)
-        self.layer1 = nn.Sequential(_ConvBlock(width, 2 * width), BasicBlock(2 * width, 2 * width))
-        self.layer2 = nn.Sequential(_ConvBlock(2 * width, 4 * width))
-        self.layer3 = nn.Sequential(_ConvBlock(4 * width, 8 * width), BasicBlock(8 * width, 8 * width))
+        rounds_up = stem == "imagenet"  # so that small crops (SwAV) keep a location, as ResNet's strides do
+        self.layer1 = nn.Sequential(_ConvBlock(width, 2 * width, rounds_up), BasicBlock(2 * width, 2 * width))
+        self.layer2 = nn.Sequential(_ConvBlock(2 * width, 4 * width, rounds_up))
+        self.layer3 = nn.Sequential(_ConvBlock(4 * width, 8 * width, rounds_up), BasicBlock(8 * width, 8 * width))
         self.fc = _PixelLinear(8 * width, self.num_features)
         _init_resnet(self, zero_init_residual)
 
