@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["SuppressTo", "class_activation_map", "normalized_mask", "suppress"]
+__all__ = ["MaskOrder", "SuppressTo", "class_activation_map", "normalized_mask", "suppress"]
 
 SuppressTo = Literal["mean_color", "black"]
+MaskOrder = Literal["upsample_then_scale", "scale_then_upsample"]
 
 # ImageNet statistics of RGB in [0, 1], with which the views are normalised (torchvision's constants).
 MEAN = (0.485, 0.456, 0.406)
@@ -42,8 +43,10 @@ def class_activation_map(features_BChw: Tensor, weight_KC: Tensor, classes_B: Te
 
 
 @torch.no_grad()
-def normalized_mask(cam_Bhw: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Upsamples maps bilinearly and scales each to [0, 1]; a constant map becomes 0.
+def normalized_mask(
+    cam_Bhw: Tensor, size: tuple[int, int], order: MaskOrder = "upsample_then_scale"
+) -> tuple[Tensor, Tensor]:
+    """Upsamples maps bilinearly and scales each to [0, 1] by its minimum and maximum; a constant map becomes 0.
 
     Min-max scaling of a constant map is 0 / 0, and of a nearly constant one it blows rounding up to a random mask. Such
     a map points nowhere, so nothing is suppressed.
@@ -51,17 +54,29 @@ def normalized_mask(cam_Bhw: Tensor, size: tuple[int, int]) -> tuple[Tensor, Ten
     Args:
         cam_Bhw: class activation maps.
         size: (H, W) of the image.
+        order: CAMtrast upsamples, then scales (its Fig. 4). Its code (``util.py: returnCAM_tensor``) scales, then
+            upsamples: between the centres of the small map the mask then stays below 1 and above 0.
 
     Returns:
         mask (B, 1, H, W) in [0, 1], and is_constant bool (B,).
     """
-    # CAMtrast upsamples, then scales (its Fig. 4); half-pixel centres as in OpenCV, which its code uses.
-    up_B1HW = F.interpolate(cam_Bhw[:, None], size=size, mode="bilinear", align_corners=False)
-    low, high = up_B1HW.amin(dim=(1, 2, 3), keepdim=True), up_B1HW.amax(dim=(1, 2, 3), keepdim=True)
+    if order == "scale_then_upsample":
+        scaled_B1hw, is_constant = _scaled(cam_Bhw[:, None])
+        return _upsampled(scaled_B1hw, size), is_constant
+    return _scaled(_upsampled(cam_Bhw[:, None], size))
+
+
+def _upsampled(maps_B1hw: Tensor, size: tuple[int, int]) -> Tensor:
+    # Half-pixel centres as in OpenCV, which CAMtrast's code uses.
+    return F.interpolate(maps_B1hw, size=size, mode="bilinear", align_corners=False)
+
+
+def _scaled(maps_B1HW: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = maps_B1HW.amin(dim=(1, 2, 3), keepdim=True), maps_B1HW.amax(dim=(1, 2, 3), keepdim=True)
     span = high - low
     is_constant = span <= CONSTANT * torch.maximum(high.abs(), low.abs())
-    mask = (up_B1HW - low) / torch.where(is_constant, 1.0, span)
-    return mask.masked_fill(is_constant, 0.0), is_constant.flatten()
+    scaled = (maps_B1HW - low) / torch.where(is_constant, 1.0, span)
+    return scaled.masked_fill(is_constant, 0.0), is_constant.flatten()
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ Readings, where the paper is silent or its released code differs:
 - The CAM is computed from the feature map of the training forward of x: BatchNorm in training mode, as in the code, and
   no second forward, so f updates its running statistics once for x and once for x'. Map and W are detached.
 - Eq. 5 has no stop-gradient; SimSiam needs one on z. The second (symmetric) term of the code is not in Eq. 5.
+- All that the released code does otherwise is ``variant="code"``, see ``camtrast_code.py``.
 - BatchNorm: ShuffleBN as in MoCo for the keys, synchronised BatchNorm as in SimSiam.
 - While only the classifier is trained, the momentum encoder already follows f; the queue is not written.
 """
@@ -23,13 +24,23 @@ Readings, where the paper is silent or its released code differs:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from methods.batchnorm import convert_batchnorm
-from methods.cam import SuppressTo, class_activation_map, normalized_mask, suppress
+from methods.camtrast_code import TwoSteps, is_warmup_code
+from methods.camtrast_parts import (
+    CamtrastConfig,
+    classify_original,
+    classify_suppressed,
+    is_warmup,
+    one_view,
+    summed,
+    suppressed_images,
+    validate_camtrast,
+)
 from methods.contracts import Batch, MethodContext, Progress, StepOutput
 from methods.heads import head_dim, mlp_head
 from methods.losses import contrast
@@ -39,7 +50,6 @@ from methods.monitors import contrast_monitors, feature_monitors
 from methods.optimizers import OptimizerConfig
 from methods.queue import FeatureQueue
 from methods.simsiam import build_heads, negative_cosine, validate_heads
-from methods.supervised import accuracy, cross_entropy, validate_classes
 
 __all__ = [
     "OPTIMIZER",
@@ -48,7 +58,9 @@ __all__ = [
     "CamtrastMoCoConfig",
     "CamtrastSimSiam",
     "CamtrastSimSiamConfig",
-    "warmup_epochs",
+    "SimSiamPartConfig",
+    "Variant",
+    "simsiam_term",
 ]
 
 # The paper drops the heavy contrastive augmentation: x is a crop and a flip.
@@ -57,23 +69,7 @@ VIEWS = ("light",)
 OPTIMIZER = OptimizerConfig(
     optimizer="sgd", learning_rate=0.03, weight_decay=1e-4, schedule="cosine", schedule_every="epoch"
 )
-# 30 of 1,000 epochs on miniImageNet.
-WARMUP_SHARE = 0.03
-
-
-@dataclass(frozen=True)
-class CamtrastConfig:
-    """What both variants share.
-
-    Attributes:
-        cam_warmup_epochs: epochs that train only the classifier on x; None takes 3 % of the run but at least one epoch
-            (the paper: 30 of 1,000 on miniImageNet and CIFAR-FS, 50 of 500 on tieredImageNet).
-        suppress_to: what a hidden region becomes: mean_color (the normalised tensor is multiplied, as in the authors'
-            code) or black (the pixels are multiplied).
-    """
-
-    cam_warmup_epochs: int | None = None
-    suppress_to: SuppressTo = "mean_color"
+Variant = Literal["paper", "code"]
 
 
 @dataclass(frozen=True)
@@ -102,8 +98,8 @@ class CamtrastMoCoConfig(CamtrastConfig):
 
 
 @dataclass(frozen=True)
-class CamtrastSimSiamConfig(CamtrastConfig):
-    """CAMtrast with SimSiam.
+class SimSiamPartConfig(CamtrastConfig):
+    """Heads and switches of SimSiam in CAMtrast.
 
     Attributes:
         projector_depth: number of linear layers of the projector; 0 = none.
@@ -122,73 +118,16 @@ class CamtrastSimSiamConfig(CamtrastConfig):
     sync_batchnorm: bool = True
 
 
-def warmup_epochs(config: CamtrastConfig, total_epochs: int) -> int:
-    """Epochs that train only CE(x).
+@dataclass(frozen=True)
+class CamtrastSimSiamConfig(SimSiamPartConfig):
+    """CAMtrast with SimSiam.
 
-    Raises:
-        ValueError: no epoch would be left for the method itself.
+    Attributes:
+        variant: paper, or code: the algorithm of the released code, with two optimiser steps per batch; there
+            cam_warmup_epochs is the epoch, counted from 1, in which the second step starts (None: at 30 % of the run).
     """
-    if config.cam_warmup_epochs is None:
-        return min(max(1, round(WARMUP_SHARE * total_epochs)), total_epochs - 1)
-    if config.cam_warmup_epochs >= total_epochs:
-        raise ValueError(
-            f"cam_warmup_epochs={config.cam_warmup_epochs} leaves nothing of a run of {total_epochs} epochs: CAMtrast "
-            "would be plain cross entropy. Set fewer warm-up epochs or more epochs."
-        )
-    return config.cam_warmup_epochs
 
-
-def _validate(config: CamtrastConfig, context: MethodContext, method: str) -> None:
-    validate_classes(context, method)
-    if config.cam_warmup_epochs is not None and config.cam_warmup_epochs < 0:
-        raise ValueError(f"cam_warmup_epochs={config.cam_warmup_epochs} is not allowed: it must be at least 0.")
-    if config.suppress_to not in get_args(SuppressTo):
-        raise ValueError(f"suppress_to={config.suppress_to!r} must be one of: {', '.join(get_args(SuppressTo))}.")
-    if context.feature_map_side == 1:
-        raise ValueError(
-            f"{method} needs a class activation map, but the last feature map of {context.image_size} px images is a "
-            "single location with this backbone and stem. Use larger images or the small stem."
-        )
-
-
-class _Classified(NamedTuple):
-    """The pathways that both variants share; `suppressed` and `pooled_suppressed` are None during the warm-up."""
-
-    loss: Tensor
-    pooled: Tensor
-    suppressed: Tensor | None
-    pooled_suppressed: Tensor | None
-    metrics: dict[str, Tensor]
-
-
-def _classify(method: Any, batch: Batch, progress: Progress) -> _Classified:
-    """CE(x), the suppressed images x', and CE(x'); one forward of the backbone for x and one for x'."""
-    (x,), labels = batch.views, batch.labels
-    features_BChw = method.backbone.forward_features(x)
-    pooled = features_BChw.mean(dim=(2, 3))
-    logits = method.classifier(pooled)
-    loss_x = cross_entropy(logits, labels)
-    metrics = {"accuracy": accuracy(logits, labels), "loss_original": loss_x.detach()}
-    if progress.epoch < warmup_epochs(method.config, progress.total_epochs):
-        return _Classified(loss_x, pooled, None, None, metrics)
-    cam_Bhw = class_activation_map(features_BChw, method.classifier.weight, labels)
-    if cam_Bhw[0].numel() == 1:
-        raise ValueError(
-            f"The feature map of a {x.shape[2]}x{x.shape[3]} image is a single location, so its CAM hides nothing. Use "
-            "the small stem or larger images for CAMtrast."
-        )
-    mask, is_constant = normalized_mask(cam_Bhw, (x.shape[2], x.shape[3]))
-    x_suppressed = suppress(x, mask, method.config.suppress_to)
-    pooled_suppressed = method.backbone(x_suppressed)
-    logits_suppressed = method.classifier(pooled_suppressed)
-    loss_suppressed = cross_entropy(logits_suppressed, labels)
-    metrics |= {
-        "accuracy_suppressed": accuracy(logits_suppressed, labels),
-        "loss_suppressed": loss_suppressed.detach(),
-        "suppressed_share": mask.mean(),
-        "constant_cams": is_constant.float().mean(),
-    }
-    return _Classified(loss_x + loss_suppressed, pooled, x_suppressed, pooled_suppressed, metrics)
+    variant: Variant = "paper"
 
 
 class CamtrastMoCo(nn.Module):
@@ -202,7 +141,7 @@ class CamtrastMoCo(nn.Module):
     @staticmethod
     def validate(config: CamtrastMoCoConfig, context: MethodContext) -> None:
         """Raises ``ValueError`` for a setting that cannot train."""
-        _validate(config, context, "camtrast_moco")
+        validate_camtrast(config, context, "camtrast_moco")
         validate_momentum_contrast(config, context, "camtrast_moco")
 
     def __init__(self, config: CamtrastMoCoConfig, backbone: Any, context: MethodContext) -> None:
@@ -228,24 +167,29 @@ class CamtrastMoCo(nn.Module):
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """CE(x) during the warm-up, then CE(x) + CE(x') + InfoNCE(x, x')."""
-        if progress.micro_step == 0:  # MoCo: before the keys of the step
+        x = one_view(batch, "camtrast_moco")
+        self.follow(progress)
+        original = classify_original(self, x, batch.labels)
+        if is_warmup(self.config, progress):
+            return original.term
+        x_suppressed, monitors = suppressed_images(self, x, original.features_BChw, batch.labels)
+        suppressed, _ = classify_suppressed(self, x_suppressed, batch.labels)
+        contrasted = self.contrast_term(original.pooled_BC, x_suppressed, batch, progress)
+        return summed(original.term, suppressed, contrasted, monitors=monitors)
+
+    def follow(self, progress: Progress) -> None:
+        """Moves the momentum encoder, once per optimiser step and before its keys (MoCo)."""
+        if progress.micro_step == 0:
             self.momentum_encoder.update(self._encoder(), self.config.momentum)
-        classified = _classify(self, batch, progress)
-        if classified.suppressed is None:
-            return StepOutput(classified.loss, classified.metrics)
-        q_BD = unit_vectors(self.projector(classified.pooled))
-        k_BD = self._keys(classified.suppressed, progress)
+
+    def contrast_term(self, pooled_BC: Tensor, x_second: Tensor, batch: Batch, progress: Progress) -> StepOutput:
+        """InfoNCE of the pooled features of x (queries) against keys of the second view, which enter the queue."""
+        q_BD = unit_vectors(self.projector(pooled_BC))
+        k_BD = self._keys(x_second, progress)
         self.queue.stage(k_BD, batch.labels, batch.index, progress.micro_step)
         result = contrast(q_BD, k_BD, self.queue.keys, self.config.temperature)
-        metrics = (
-            classified.metrics
-            | {
-                "loss_self": result.loss.detach(),
-                "contrast_top1": result.top1,
-            }
-            | contrast_monitors(q_BD, k_BD, self.queue.keys)
-        )
-        return StepOutput(classified.loss + result.loss, metrics)
+        metrics = {"loss_self": result.loss.detach(), "contrast_top1": result.top1}
+        return StepOutput(result.loss, metrics | contrast_monitors(q_BD, k_BD, self.queue.keys))
 
     @torch.no_grad()
     def _keys(self, images: Tensor, progress: Progress) -> Tensor:
@@ -259,21 +203,32 @@ class CamtrastMoCo(nn.Module):
 
     def after_step(self, progress: Progress) -> None:
         """The keys of the step enter the queue."""
-        if progress.epoch >= warmup_epochs(self.config, progress.total_epochs):
+        if not is_warmup(self.config, progress):
             self.queue.enqueue_staged()
+
+
+def simsiam_term(method: Any, pooled_BC: Tensor, pooled_second_BC: Tensor) -> StepOutput:
+    """-cos(sg(z), g(z')) of the pooled features of x and of its second view."""
+    with torch.no_grad():  # stop-gradient; z still updates the projector's running statistics
+        z_BD = method.projector(pooled_BC)
+    p_BD = method.predictor(method.projector(pooled_second_BC))
+    loss = negative_cosine(p_BD, z_BD)
+    return StepOutput(loss, {"loss_self": loss.detach()} | feature_monitors(p_BD))
 
 
 class CamtrastSimSiam(nn.Module):
     """The prediction from a suppressed image approaches the projection of the original one."""
 
-    # During the warm-up projector and predictor take no part in the loss.
+    # During the warm-up and in the first phase of the code, projector and predictor take no part in the loss.
     has_unused_parameters = True
 
     @staticmethod
     def validate(config: CamtrastSimSiamConfig, context: MethodContext) -> None:
         """Raises ``ValueError`` for a setting that cannot train."""
-        _validate(config, context, "camtrast_simsiam")
+        validate_camtrast(config, context, "camtrast_simsiam")
         validate_heads(config, context, "camtrast_simsiam")
+        if config.variant not in get_args(Variant):
+            raise ValueError(f"variant={config.variant!r} must be one of: {', '.join(get_args(Variant))}.")
 
     def __init__(self, config: CamtrastSimSiamConfig, backbone: Any, context: MethodContext) -> None:
         super().__init__()
@@ -283,20 +238,26 @@ class CamtrastSimSiam(nn.Module):
         self.classifier = nn.Linear(backbone.num_features, context.num_classes)
         self.projector, self.predictor = build_heads(config, backbone.num_features)
         self.fixed_learning_rate: tuple[str, ...] = ("predictor.",) if config.fixed_predictor_learning_rate else ()
+        self._code = TwoSteps() if config.variant == "code" else None
         if config.sync_batchnorm and context.world_size > 1:
             convert_batchnorm(self, "sync")
 
+    def num_phases(self, progress: Progress) -> int:
+        """Two optimiser steps per batch in the variant of the code after its warm-up, else one."""
+        return 1 if self._code is None or is_warmup_code(self.config, progress) else 2
+
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        """CE(x) during the warm-up, then CE(x) + CE(x') - cos(sg(z), g(z'))."""
-        classified = _classify(self, batch, progress)
-        if classified.pooled_suppressed is None:
-            return StepOutput(classified.loss, classified.metrics)
-        with torch.no_grad():  # stop-gradient; z still updates the projector's running statistics
-            z_BD = self.projector(classified.pooled)
-        p_BD = self.predictor(self.projector(classified.pooled_suppressed))
-        loss_self = negative_cosine(p_BD, z_BD)
-        metrics = classified.metrics | {"loss_self": loss_self.detach()} | feature_monitors(p_BD)
-        return StepOutput(classified.loss + loss_self, metrics)
+        """CE(x) during the warm-up, then CE(x) + CE(x') - cos(sg(z), g(z')); or the phase of the code."""
+        if self._code is not None:
+            return self._code.forward(self, batch, progress)
+        x = one_view(batch, "camtrast_simsiam")
+        original = classify_original(self, x, batch.labels)
+        if is_warmup(self.config, progress):
+            return original.term
+        x_suppressed, monitors = suppressed_images(self, x, original.features_BChw, batch.labels)
+        suppressed, pooled_suppressed_BC = classify_suppressed(self, x_suppressed, batch.labels)
+        attracted = simsiam_term(self, original.pooled_BC, pooled_suppressed_BC)
+        return summed(original.term, suppressed, attracted, monitors=monitors)
 
     def after_step(self, progress: Progress) -> None:
         """Nothing follows the optimiser step."""

@@ -17,8 +17,8 @@ from methods.camtrast import (
     CamtrastMoCoConfig,
     CamtrastSimSiam,
     CamtrastSimSiamConfig,
-    warmup_epochs,
 )
+from methods.camtrast_parts import warmup_epochs
 from tests.methods.examples import TinyBackbone, make_batch, make_context, progress
 
 MOCO = CamtrastMoCoConfig(
@@ -321,3 +321,9 @@ def test_a_map_of_one_location_is_refused():
     method = CamtrastSimSiam(SIMSIAM, _OnePixel(), make_context())
     with pytest.raises(ValueError, match="small stem or larger images"):
         method(make_batch(1, dtype=torch.float32), MAIN)
+
+
+@pytest.mark.parametrize("build", [_moco, _simsiam])
+def test_two_views_are_refused(build):
+    with pytest.raises(ValueError, match=r"second view itself.*takes 1 view of each image, but the data has 2"):
+        build()(make_batch(2), MAIN)
