@@ -38,7 +38,7 @@ class Progress:
         total_epochs: epochs of the whole run.
         micro_step: which part of the worker's batch this forward sees when gradients are accumulated, from 0.
         num_micro_steps: parts per optimiser step.
-        phase: which of the method's ``num_phases`` optimiser steps on this batch, from 0.
+        phase: which of the method's ``num_phases(progress)`` optimiser steps on this batch, from 0.
     """
 
     step: int
@@ -89,8 +89,11 @@ class Method(Protocol):
     is in ``state_dict()``. ``fixed_learning_rate`` names parameter prefixes that the schedule leaves alone.
 
     Optional attributes: ``has_unused_parameters = True`` where some steps leave parameters without a gradient (DDP must
-    look for them); ``num_phases`` where a method takes several optimiser steps on each batch (CAMtrast's released
-    code): ``forward`` then runs once per phase with ``progress.phase`` set, ``after_step`` once after the last.
+    look for them); a function ``num_phases(progress) -> int`` where a method takes several optimiser steps on a batch
+    (CAMtrast's released code, two after its warm-up). ``forward`` then runs once per phase (and micro-step) with
+    ``progress.phase`` set, each phase ends with an optimiser step at the same learning rate, and ``after_step`` runs
+    once after the last. The reported loss is the sum over the phases, whose monitors have different names. What one
+    phase keeps for the next is kept per micro-step and is no state.
     """
 
     backbone: nn.Module

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -26,7 +26,7 @@ from methods import METHODS
 from methods.backbones import build_backbone
 from methods.batchnorm import average_running_statistics
 from methods.collectives import all_reduce_mean
-from methods.contracts import Batch, MethodContext, Progress
+from methods.contracts import Batch, MethodContext, Progress, StepOutput
 from methods.optimizers import build_optimizer, learning_rate, set_learning_rate
 from rayjobs.checkpoint import load_config, load_state, save_checkpoint
 from rayjobs.configs import PretrainConfig, config_hash, resolve_stem
@@ -284,29 +284,48 @@ def _run_epoch(training: _Training, stream: Stream, epoch: int, reporter: Report
 
 
 def _step(training: _Training, batch: ImageBatch, step: int, epoch: int) -> tuple[Tensor, dict[str, Tensor], float]:
-    """One optimiser step: forward and backward over the micro-steps, then the optimiser, then the method's own."""
-    config, worker = training.config, training.worker
-    count = config.train.accumulate
+    """One batch: an optimiser step, or one for each of the method's phases, then the method's own.
+
+    The loss is the sum over the phases; each phase has monitors of its own names.
+    """
+    config, count = training.config, training.config.train.accumulate
     lr = learning_rate(config.optimizer, config.train.batch_size, step, training.total_steps, training.steps_per_epoch)
     set_learning_rate(training.optimizer, lr)
-    views, labels, index = to_device(batch, worker.device)
-    micro = labels.shape[0] // count
-    training.optimizer.zero_grad(set_to_none=True)
-    total, sums = torch.zeros((), device=worker.device), {}
-    for m in range(count):
-        part = slice(m * micro, (m + 1) * micro)
-        progress = Progress(step, training.total_steps, epoch, config.train.epochs, m, count)
-        share = Batch([v[part] for v in views], labels[part], index[part])
-        with _maybe_no_sync(training.wrapped, is_last=m + 1 == count), _autocast(config, worker.device):
-            output = training.wrapped(share, progress)
-            (output.loss / count).backward()
-        total += output.loss.detach() / count
-        for name, value in output.metrics.items():
-            sums[name] = sums.get(name, 0) + value.detach() / count
-    training.optimizer.step()
+    share = Batch(*to_device(batch, training.worker.device))
+    total, monitors = torch.zeros((), device=training.worker.device), {}
+    progress = Progress(step, training.total_steps, epoch, config.train.epochs, 0, count)
+    for phase in range(_num_phases(training.method, progress)):
+        training.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for m in range(count):
+            progress = replace(progress, phase=phase, micro_step=m)
+            output = _forward_backward(training, share, progress)
+            total += output.loss.detach() / count
+            for name, value in output.metrics.items():
+                sums[name] = sums.get(name, 0) + value.detach() / count
+        training.optimizer.step()
+        monitors |= sums
     training.method.after_step(progress)
     # The mean over workers, so that all of them see a bad loss in the same step.
-    return all_reduce_mean(total), sums, lr
+    return all_reduce_mean(total), monitors, lr
+
+
+def _num_phases(method: Any, progress: Progress) -> int:
+    """Optimiser steps on this batch; one unless the method says otherwise."""
+    return method.num_phases(progress) if hasattr(method, "num_phases") else 1
+
+
+def _forward_backward(training: _Training, share: Batch, progress: Progress) -> StepOutput:
+    """The forward and backward pass of one micro-step."""
+    m, count = progress.micro_step, progress.num_micro_steps
+    micro = share.labels.shape[0] // count
+    part = slice(m * micro, (m + 1) * micro)
+    images = Batch([v[part] for v in share.views], share.labels[part], share.index[part])
+    is_last = m + 1 == count
+    with _maybe_no_sync(training.wrapped, is_last), _autocast(training.config, training.worker.device):
+        output = training.wrapped(images, progress)
+        (output.loss / count).backward()
+    return output
 
 
 def _maybe_no_sync(wrapped: nn.Module, is_last: bool) -> AbstractContextManager[Any]:

@@ -7,10 +7,13 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
+import rayjobs.train_loop
 from image_data.store import DecodedStore
-from image_data.stream import MemoryStream
-from methods import METHODS
+from image_data.stream import MemoryStream, to_device
+from methods import METHODS, StepOutput
+from methods.optimizers import OptimizerConfig
 from rayjobs.checkpoint import load_backbone, load_state
 from rayjobs.configs import TrainConfig, preset, with_parameters
 from rayjobs.job import view_recipes
@@ -67,6 +70,122 @@ def test_resume_equals_uninterrupted(method, data, data_config, tmp_path):
     for name, tensor in one["method"].items():
         assert torch.equal(tensor, two["method"][name]), name
     assert all(torch.isfinite(torch.tensor(r["loss"])) for r in whole.reports)
+
+
+class _Phased(nn.Module):
+    """Fits one weight in phase 0 and another in phase 1, which needs what each micro-step of phase 0 saw."""
+
+    fixed_learning_rate = ()
+
+    def __init__(self, backbone, num_phases):
+        super().__init__()
+        self.backbone = backbone
+        self.a, self.b = (nn.Parameter(torch.tensor(value)) for value in (1.0, 2.0))
+        self.kept, self.calls, self.steps = {}, [], []
+        if num_phases is not None:
+            self.num_phases = lambda progress: num_phases if progress.epoch > 0 else 1
+
+    def forward(self, batch, progress):
+        self.calls.append((progress.step, progress.phase, progress.micro_step))
+        assert self.a.grad is None or progress.micro_step > 0, "gradients are not those of the phase before"
+        mean = batch.views[0].mean()
+        if progress.phase == 0:
+            self.kept[progress.micro_step] = (mean, self.a.detach().clone())
+            return StepOutput((self.a - mean) ** 2, {"first": self.a.detach()})
+        seen, before = self.kept.pop(progress.micro_step)
+        assert torch.equal(seen, mean)
+        assert not torch.equal(before, self.a)
+        return StepOutput((self.a - self.b) ** 2, {"second": self.b.detach()})
+
+    def after_step(self, progress):
+        self.steps.append((progress.step, progress.phase, progress.micro_step))
+
+
+def _train_phased(num_phases, data, data_config, folder, monkeypatch, accumulate=1):
+    built = []
+
+    def build(config, context):
+        torch.manual_seed(0)
+        built.append(_Phased(rayjobs.train_loop.build_backbone(), num_phases))
+        return built[0]
+
+    monkeypatch.setattr(rayjobs.train_loop, "build_method", build)
+    config = make_config("supervised", data_config, epochs=2, batch_size=64, accumulate=accumulate)
+    plain_sgd = OptimizerConfig(learning_rate=0.1, scale_learning_rate=False, schedule="constant", sgd_momentum=0.0)
+    reporter = PlainReporter(folder)
+    run(dataclasses.replace(config, optimizer=plain_sgd), data, reporter)
+    return built[0], reporter
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_each_phase_ends_with_an_optimiser_step(accumulate, data, data_config, tmp_path, monkeypatch):
+    method, reporter = _train_phased(2, data, data_config, tmp_path, monkeypatch, accumulate)
+    steps = len(method.steps) // 2
+    phases = [(step, phase) for step in range(2 * steps) for phase in range(2 if step >= steps else 1)]
+    assert method.calls == [(step, phase, m) for step, phase in phases for m in range(accumulate)]
+    assert method.steps == [(step, int(step >= steps), accumulate - 1) for step in range(2 * steps)]
+    first, second = (dict(r) for r in reporter.reports)
+    assert "second" not in first
+    assert 0.0 < second["second"] <= 2.0  # the mean over micro-steps
+    assert not method.kept
+
+
+def test_loss_is_the_sum_over_the_phases(data, data_config, tmp_path, monkeypatch):
+    method, reporter = _train_phased(2, data, data_config, tmp_path / "two", monkeypatch)
+    expected, decay, a, b = [], 1 - 0.1 * 1e-4, 1.0, 2.0
+    info = data.split("train")
+    config = make_config("supervised", data_config, epochs=2, batch_size=64)
+    settings = config.train
+    store = DecodedStore.open(info, data.directory)
+    stream = MemoryStream(store, view_recipes(config), image_size=settings.image_size, batch_size=64, seed=0)
+    for epoch in range(2):
+        losses = []
+        for batch in stream.epoch(epoch):
+            mean = float(to_device(batch, torch.device("cpu"))[0][0].mean())
+            loss, a = (a - mean) ** 2, decay * a - 0.1 * 2 * (a - mean)
+            if epoch > 0:
+                loss += (a - b) ** 2
+                a, b = decay * a - 0.1 * 2 * (a - b), decay * b + 0.1 * 2 * (a - b)
+            losses.append(loss)
+        expected.append(sum(losses) / len(losses))
+    assert [r["loss"] for r in reporter.reports] == pytest.approx(expected, rel=1e-4)
+    assert method.a.item() == pytest.approx(a, rel=1e-4)
+    assert method.b.item() == pytest.approx(b, rel=1e-4)
+
+
+def test_one_phase_is_the_same_as_none(data, data_config, tmp_path, monkeypatch):
+    reports = []
+    for num_phases in (None, 1):
+        _, reporter = _train_phased(num_phases, data, data_config, tmp_path / str(num_phases), monkeypatch)
+        reports.append([(r["loss"], r["first"], r["curve"]) for r in reporter.reports])
+    assert reports[0] == reports[1]
+
+
+def test_resuming_a_method_of_two_phases(data, data_config, tmp_path):
+    """CAMtrast's released code keeps features between its phases, nothing between batches."""
+
+    def config():
+        return with_parameters(make_config("camtrast_simsiam", data_config, accumulate=2), {"variant": "code"})
+
+    whole, part = PlainReporter(tmp_path / "whole"), PlainReporter(tmp_path / "part")
+    run(config(), data, whole)
+    report = part.report
+
+    def die(metrics, save):
+        report(metrics, save)
+        if metrics["epoch"] == 2:
+            raise InterruptedError
+
+    part.report = die
+    with pytest.raises(InterruptedError):
+        run(config(), data, part)
+    part.report = report
+    run(config(), data, part)
+    assert part.reports[-1]["loss"] == whole.reports[-1]["loss"]
+    assert {"loss_original", "loss_suppressed", "loss_self"} <= set(whole.reports[-1])
+    one, two = (load_state(tmp_path / name / "epoch_00003")["method"] for name in ("whole", "part"))
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
 
 
 def test_a_finished_run_reports_its_last_metrics_again(data, data_config, tmp_path):
