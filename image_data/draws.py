@@ -10,15 +10,16 @@ with one step more or less draws the same values for the steps that stay (an abl
 ====== =====================================================================================================
 slot   used for
 ====== =====================================================================================================
-0-1    crop: left edge, top edge
+0-1    crop: left edge, top edge (of the random resized crop and of the random crop)
 2-21   crop: attempt a of 10 takes its area from slot 2 + 2 a and its log ratio from slot 3 + 2 a
-22     flip happens if below p
+22     flip happens if below p; a shared flip reads it from the image's key of view 0, whatever the view
 23     grayscale happens if below p
 24     jitter happens if below p
 25-28  jitter: sort keys of brightness, contrast, saturation, hue; the operation with the lowest key comes first
 29-32  jitter: factors of brightness, contrast, saturation, hue
 33     blur happens if below p
 34     blur: sigma
+35     solarize happens if below p
 ====== =====================================================================================================
 """
 
@@ -35,8 +36,11 @@ from image_data.recipes import (
     GaussianBlur,
     Grayscale,
     HorizontalFlip,
+    RandomCrop,
     RandomResizedCrop,
     ResizeCenterCrop,
+    Solarize,
+    ToLab,
     ViewRecipe,
 )
 
@@ -49,27 +53,22 @@ __all__ = [
     "HUE",
     "NOTHING",
     "SATURATION",
+    "SOLARIZE",
     "ViewParameters",
     "blur_radius",
     "center_crop_boxes",
     "draw_parameters",
+    "padded_crop_boxes",
     "random_crop_boxes",
 ]
 
 # Operation codes. Compiled kernels keep them in numba's on-disk cache: append, never renumber.
-NOTHING, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR = range(7)
+NOTHING, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SOLARIZE = range(8)
 
-_CROP_OFFSETS, _CROP_ATTEMPTS, _FLIP, _GRAY, _JITTER, _JITTER_ORDER, _JITTER_FACTORS, _BLUR, _SIGMA = (
-    0,
-    2,
-    22,
-    23,
-    24,
-    25,
-    29,
-    33,
-    34,
-)
+# Slots; see the table above.
+_CROP_OFFSETS, _CROP_ATTEMPTS, _FLIP, _GRAY, _JITTER = 0, 2, 22, 23, 24
+_JITTER_ORDER, _JITTER_FACTORS, _BLUR, _SIGMA, _SOLARIZE = 25, 29, 33, 34, 35
+_HAPPENS = {GRAY: _GRAY, BLUR: _BLUR, SOLARIZE: _SOLARIZE}
 _NUM_ATTEMPTS = 10  # torchvision's RandomResizedCrop.get_params
 
 BLUR_TRUNCATE = 3.0  # standard deviations kept by the blur kernel, as OpenCV does for 8-bit images
@@ -79,11 +78,13 @@ class ViewParameters(NamedTuple):
     """The program of one view of each image of a batch.
 
     Attributes:
-        boxes: float64 (B, 4), top, left, height, width in pixels of the image; the box becomes the whole view.
+        boxes: float64 (B, 4), top, left, height, width in pixels of the image; the box becomes the whole view. It may
+            reach out of the image if `crop_first` is False; what lies there is black.
         crop_first: True: crop, then resize (the resize filter stops at the box's edge); False: resize, then crop (the
             filter also reads the image around the box).
         codes: uint8 (B, M), operation codes in the order of execution; NOTHING entries are skipped.
-        arguments: float32 (B, M): factor of BRIGHTNESS, CONTRAST, SATURATION, shift in turns of HUE, sigma of BLUR.
+        arguments: float32 (B, M): factor of BRIGHTNESS, CONTRAST, SATURATION, shift in turns of HUE, sigma of BLUR,
+            threshold of SOLARIZE as a share of white.
         flips: bool (B,), mirror left and right.
     """
 
@@ -126,6 +127,28 @@ def center_crop_boxes(heights: np.ndarray, widths: np.ndarray, size: int, enlarg
     corner = np.rint((resized - size) / 2.0)
     scale = sides / resized
     return np.concatenate([corner * scale, size * scale], axis=1)
+
+
+def padded_crop_boxes(
+    step: RandomCrop, heights: np.ndarray, widths: np.ndarray, size: int, keys: np.ndarray
+) -> np.ndarray:
+    """Where Resize((size, size)) followed by RandomCrop(size, padding=round(padding * size)) reads.
+
+    Args:
+        step: the padding.
+        heights: (B,) in pixels.
+        widths: (B,) in pixels.
+        size: side of the view in pixels.
+        keys: uint64 (B,).
+
+    Returns:
+        float64 (B, 4): top, left, height, width; as large as the image and shifted by whole pixels of the view.
+    """
+    border = round(step.padding * size)
+    u_left, u_top = uniforms(keys, (_CROP_OFFSETS, _CROP_OFFSETS + 1))
+    corners = np.floor(np.stack([u_top, u_left], axis=1) * (2 * border + 1)) - border  # (B, 2), pixels of the view
+    sides = np.stack([heights, widths], axis=1).astype(np.float64)
+    return np.concatenate([corners * sides / size, sides], axis=1)
 
 
 def random_crop_boxes(step: RandomResizedCrop, heights: np.ndarray, widths: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -194,6 +217,24 @@ def _jitter_program(step: ColorJitter, keys: np.ndarray) -> tuple[np.ndarray, np
     return ordered_codes, np.take_along_axis(factors, order, axis=1)
 
 
+def _operation_program(
+    step: ColorJitter | Grayscale | GaussianBlur | Solarize, keys: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and arguments, each (B, number of operations), of one step that changes values."""
+    match step:
+        case ColorJitter():
+            return _jitter_program(step, keys)
+        case Grayscale():
+            code, argument = GRAY, np.zeros((len(keys), 1))
+        case GaussianBlur():
+            low, high = step.sigma
+            code, argument = BLUR, low + (high - low) * uniforms(keys, (_SIGMA,)).T
+        case Solarize():
+            code, argument = SOLARIZE, np.full((len(keys), 1), step.threshold)
+    u = uniforms(keys, (_HAPPENS[code],)).T
+    return np.where(u < step.p, np.uint8(code), np.uint8(NOTHING)), argument
+
+
 def draw_parameters(
     recipe: ViewRecipe,
     heights: np.ndarray,
@@ -227,20 +268,17 @@ def draw_parameters(
                 boxes = random_crop_boxes(step, heights, widths, keys)
             case ResizeCenterCrop():
                 boxes, crop_first = center_crop_boxes(heights, widths, size, step.enlarge), False
+            case RandomCrop():
+                boxes, crop_first = padded_crop_boxes(step, heights, widths, size, keys), False
             case HorizontalFlip():
-                flips = uniforms(keys, (_FLIP,))[0] < step.p
-            case ColorJitter():
-                jitter_codes, jitter_arguments = _jitter_program(step, keys)
-                codes.append(jitter_codes)
-                arguments.append(jitter_arguments)
-            case Grayscale():
-                u = uniforms(keys, (_GRAY,)).T
-                codes.append(np.where(u < step.p, np.uint8(GRAY), np.uint8(NOTHING)))
-                arguments.append(np.zeros(u.shape))
-            case GaussianBlur():
-                u = uniforms(keys, (_BLUR, _SIGMA)).T
-                codes.append(np.where(u[:, :1] < step.p, np.uint8(BLUR), np.uint8(NOTHING)))
-                arguments.append(step.sigma[0] + (step.sigma[1] - step.sigma[0]) * u[:, 1:])
+                flip_keys = image_keys(seed, epoch, 0, index) if step.shared else keys
+                flips = uniforms(flip_keys, (_FLIP,))[0] < step.p
+            case ToLab():
+                pass  # a marker: the backbone converts
+            case _:
+                step_codes, step_arguments = _operation_program(step, keys)
+                codes.append(step_codes)
+                arguments.append(step_arguments)
     empty = np.zeros((len(keys), 0))
     return ViewParameters(
         boxes,

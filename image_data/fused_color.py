@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from image_data.draws import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION
+from image_data.draws import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, SOLARIZE
 
 __all__ = ["add_gray", "apply_pointwise", "round_to"]
 
@@ -36,6 +36,13 @@ def saturate(red, green, blue, factor):
         red[i] = min(max(factor * red[i] + gray, _ZERO), _WHITE)
         green[i] = min(max(factor * green[i] + gray, _ZERO), _WHITE)
         blue[i] = min(max(factor * blue[i] + gray, _ZERO), _WHITE)
+
+
+@_part
+def invert_above(values, threshold):
+    """values = white - values where values >= threshold."""
+    for i in range(values.shape[0]):
+        values[i] = _WHITE - values[i] if values[i] >= threshold else values[i]
 
 
 @_part
@@ -83,6 +90,9 @@ def apply_pointwise(work, begin, end, codes, arguments, start, stop, gray_mean):
             saturate(red, green, blue, argument if code == SATURATION else _ZERO)
         elif code == HUE:
             shift_hue(red, green, blue, argument)
+        elif code == SOLARIZE:
+            for channel in range(3):
+                invert_above(work[channel, begin:end], argument * _WHITE)
 
 
 @_part

@@ -58,8 +58,10 @@ def _weigh_pixels(typing_context: Any, line: Any, start: Any, weights: Any, coun
 def fill_taps(low, length, first, last, flip, starts, weights):
     """Filter taps of one axis, as Pillow's and torch's antialiased bilinear resize.
 
+    An output whose centre lies outside first..last gets no weights: black.
+
     Args:
-        low: where the box starts, in source pixels.
+        low: where the box starts, in source pixels; it may lie before `first`.
         length: length of the box, in source pixels.
         first: first source pixel that may be read.
         last: one past the last that may be read.
@@ -81,6 +83,10 @@ def fill_taps(low, length, first, last, flip, starts, weights):
         start = max(int(center - support + 0.5), first)
         stop = min(int(center + support + 0.5), last)
         row = size - 1 - i if flip else i
+        if not first <= center <= last:
+            starts[row] = first if center < first else last - 1  # a pixel that may be read
+            weights[row, :width] = _ZERO
+            continue
         total = 0.0
         for j in range(start, stop):
             weight = max(1.0 - abs(j + 0.5 - center) * slope, 0.0)

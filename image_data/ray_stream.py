@@ -236,7 +236,7 @@ class RayDataStream:
         self.batch_size = batch_size
         self.steps_per_epoch = num_steps(split.num_images, batch_size, world_size, drop_last)
         self.wait_seconds = 0.0
-        self._sizes = tuple(recipe.size or image_size for recipe in views)
+        self._sizes = tuple(recipe.side(image_size) for recipe in views)
         self._rank, self._world_size, self._prefetch = rank, world_size, prefetch
         self._last_size = batch_size if drop_last else split.num_images - (self.steps_per_epoch - 1) * batch_size
         self._shard = shard

@@ -11,7 +11,18 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from image_data.contracts import ImageBuffer
-from image_data.draws import BLUR, BRIGHTNESS, CONTRAST, GRAY, HUE, NOTHING, SATURATION, ViewParameters, blur_radius
+from image_data.draws import (
+    BLUR,
+    BRIGHTNESS,
+    CONTRAST,
+    GRAY,
+    HUE,
+    NOTHING,
+    SATURATION,
+    SOLARIZE,
+    ViewParameters,
+    blur_radius,
+)
 
 __all__ = ["reference_view", "reference_views"]
 
@@ -22,7 +33,7 @@ def _crop_resize(image: torch.Tensor, box: np.ndarray, crop_first: bool, size: i
     if crop_first:
         corner_and_sides = [int(top), int(left), int(height), int(width)]
         return F.resized_crop(image, *corner_and_sides, size=[size, size], antialias=True)
-    # The box stands for a resize of the whole image and a crop of whole pixels from it.
+    # The box stands for a resize of the whole image and a crop of whole pixels from it; `crop` pads with black.
     resized_sides = [round(image.shape[1] * size / height), round(image.shape[2] * size / width)]
     resized = F.resize(image, resized_sides, antialias=True)
     return F.crop(resized, round(top * size / height), round(left * size / width), size, size)
@@ -43,6 +54,8 @@ def _apply(image: torch.Tensor, code: int, argument: float) -> torch.Tensor:
             return F.rgb_to_grayscale(image, num_output_channels=3)
         case _ if code == BLUR:
             return F.gaussian_blur(image, [2 * blur_radius(argument, image.shape[-1]) + 1] * 2, [argument] * 2)
+        case _ if code == SOLARIZE:
+            return F.solarize(image, argument)
         case _:
             assert code == NOTHING, f"unknown operation code {code}"
             return image

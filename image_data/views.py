@@ -60,7 +60,7 @@ class ViewMaker:
 
         Args:
             recipes: one per view.
-            image_size: side in pixels of the views whose recipe sets no size.
+            image_size: the run's image size in pixels; `ViewRecipe.side` gives the side of a view.
             seed: the run's seed.
             backend: "fused" is fast, "torchvision" is the reference.
         """
@@ -69,7 +69,7 @@ class ViewMaker:
         if image_size < 1:
             raise DataError(f"The image size is {image_size}; it must be at least 1 pixel.")
         self.recipes = tuple(recipes)
-        self.sizes = tuple(recipe.size or image_size for recipe in self.recipes)
+        self.sizes = tuple(recipe.side(image_size) for recipe in self.recipes)
         self.seed = seed
         self.backend = backend
         self._render = _find_renderer(backend)

@@ -19,11 +19,15 @@ from image_data.draws import (
     HUE,
     NOTHING,
     SATURATION,
+    SOLARIZE,
     ViewParameters,
     blur_radius,
     center_crop_boxes,
+    padded_crop_boxes,
 )
 from image_data.fused import fused_views
+from image_data.random_numbers import image_keys
+from image_data.recipes import RandomCrop
 from image_data.reference import reference_views
 from image_data.views import RECIPES, ViewMaker
 
@@ -120,6 +124,64 @@ def test_resize_then_crop_matches_torchvision_and_pillow(height, width, size):
     assert np.abs(view - np.asarray(usual).transpose(2, 0, 1)).max() <= 1
 
 
+@pytest.mark.parametrize("backend", [fused_views, reference_views])
+@pytest.mark.parametrize(
+    ("height", "width", "size", "padding"),
+    [(84, 84, 84, 8 / 84), (32, 32, 32, 4 / 32), (64, 32, 32, 0.25), (375, 500, 84, 8 / 84), (9, 20, 33, 0.5)],
+)
+def test_random_crop_matches_torchvisions_resize_pad_and_crop(height, width, size, padding, backend):
+    image, border = picture(height, width), round(padding * size)
+    tensor = torch.from_numpy(image).permute(2, 0, 1).float() / 255.0
+    padded = V1.pad(V1.resize(tensor, [size, size], antialias=True), [border])
+    keys = image_keys(0, 0, 0, np.arange(12))
+    heights, widths = np.full(12, height), np.full(12, width)
+    boxes = padded_crop_boxes(RandomCrop(padding), heights, widths, size, keys)
+    extremes = [[y * height / size, x * width / size, height, width] for y in (-border, border) for x in (-border, 0)]
+    for box in [*boxes, *np.array(extremes)]:
+        top, left = round(box[0] * size / height) + border, round(box[1] * size / width) + border
+        expected = V1.crop(padded, top, left, size, size)
+        for flip in (False, True):
+            view = render(image, program(box, flip=flip, crop_first=False), size, backend).astype(int)
+            view = view[:, :, ::-1] if flip else view
+            black = (V1.crop(V1.pad(torch.ones(1, size, size), [border]), top, left, size, size) == 0)[0].numpy()
+            assert (view[:, black] == 0).all()
+            assert np.abs(view - expected.numpy() * 255.0).max() < 0.51
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(84, 84, 84), (64, 128, 32), (16, 16, 64), (70, 90, 84)])
+def test_inside_a_random_crop_the_pixels_are_those_of_the_resized_image(height, width, size):
+    image = picture(height, width)
+    whole = render(image, program((0, 0, height, width), crop_first=False), size)
+    for top, left in [(-8, 5), (3, -8), (8, 8), (-1, 0)]:
+        box = (top * height / size, left * width / size, height, width)
+        view = render(image, program(box, crop_first=False), size)
+        shifted = np.zeros((3, size + 16, size + 16), np.uint8)
+        shifted[:, 8 : 8 + size, 8 : 8 + size] = whole
+        expected = shifted[:, 8 + top : 8 + top + size, 8 + left : 8 + left + size]
+        np.testing.assert_array_equal(view, expected)
+
+
+def test_colour_operations_see_the_black_border():
+    """As with RandomCrop before ColorJitter and blur: the border counts in the mean and bleeds inwards."""
+    operations = [(CONTRAST, 0.6), (BRIGHTNESS, 1.2), (BLUR, 1.5), (SOLARIZE, 0.5)]
+    parameters = program((-8, 5, 84, 84), operations, crop_first=False)
+    error = differences(picture(84, 84), parameters, 84)
+    assert error.max() <= 1
+    assert error.mean() < 0.01
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.25, 0.5, 0.9, 1.0])
+def test_solarize_matches_torchvision_and_pillow(threshold):
+    """On unscaled images, because a value within a rounding error of another threshold than 0.5 jumps."""
+    image = picture(64, 64)
+    image[:8, :32] = np.arange(256, dtype=np.uint8).reshape(8, 32)[:, :, None]  # every value, thresholds included
+    parameters = program((0, 0, 64, 64), [(SOLARIZE, threshold)])
+    view = render(image, parameters, 64)
+    assert differences(image, parameters, 64).max() == 0
+    pillow = V1.solarize(Image.fromarray(image), threshold * 255.0)
+    np.testing.assert_array_equal(view, np.asarray(pillow).transpose(2, 0, 1))
+
+
 SINGLE = [
     *[(BRIGHTNESS, factor) for factor in (0.0, 0.6, 1.4)],
     *[(CONTRAST, factor) for factor in (0.0, 0.6, 1.4)],
@@ -127,6 +189,7 @@ SINGLE = [
     *[(HUE, shift) for shift in (-0.5, -0.4, -0.01, 0.0, 0.1, 0.5)],
     (GRAY, 0.0),
     *[(BLUR, sigma) for sigma in (0.1, 0.5, 1.0, 1.4, 2.0, 5.0)],
+    (SOLARIZE, 0.5),
     (NOTHING, 0.0),
 ]
 
@@ -169,6 +232,8 @@ def test_jitter_stays_close_to_the_8_bit_operations_of_pillow():
         [(CONTRAST, 1.3), (BLUR, 0.8), (CONTRAST, 0.6), (HUE, 0.2)],
         [(CONTRAST, 1.3), (CONTRAST, 0.6), (BLUR, 2.0), (CONTRAST, 1.4)],
         [(NOTHING, 0.0), (BLUR, 2.0), (NOTHING, 0.0)],
+        [*JITTER.items(), (GRAY, 0.0), (BLUR, 1.7), (SOLARIZE, 0.5)],  # BYOL's second view
+        [(SOLARIZE, 0.5), (CONTRAST, 0.7), (BLUR, 0.8)],
     ],
 )
 @pytest.mark.parametrize("size", [13, 40])

@@ -1,6 +1,5 @@
-"""Recipes as data, the distribution of their draws, and views that depend on the image's address only."""
+"""The distribution of a recipe's draws, and views that depend on the image's address only."""
 
-import json
 import pickle
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ from image_data.draws import (
     HUE,
     NOTHING,
     SATURATION,
+    SOLARIZE,
     center_crop_boxes,
     draw_parameters,
 )
@@ -27,11 +27,13 @@ from image_data.recipes import (
     GaussianBlur,
     Grayscale,
     HorizontalFlip,
+    RandomCrop,
     RandomResizedCrop,
-    ResizeCenterCrop,
+    Solarize,
+    ToLab,
     ViewRecipe,
 )
-from image_data.views import RECIPES, ViewMaker, find_recipe
+from image_data.views import RECIPES, ViewMaker
 
 CROP = RandomResizedCrop(area=(0.2, 1.0))
 
@@ -52,86 +54,6 @@ def pick(images: ImageBuffer, rows: np.ndarray) -> ImageBuffer:
 def draw(recipe: ViewRecipe, count: int, height: int = 120, width: int = 160, seed: int = 0):
     heights, widths = np.full(count, height), np.full(count, width)
     return draw_parameters(recipe, heights, widths, 64, seed, 0, 0, np.arange(count))
-
-
-# ---- recipes
-
-
-def test_recipes_are_the_published_ones():
-    moco_v2 = (
-        RandomResizedCrop((0.2, 1.0), (3 / 4, 4 / 3)),
-        ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-        Grayscale(0.2),
-        GaussianBlur((0.1, 2.0), 0.5),
-        HorizontalFlip(0.5),
-    )
-    moco_v1 = (CROP, Grayscale(0.2), ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0), HorizontalFlip(0.5))
-    wide_crop = RandomResizedCrop((0.08, 1.0))
-    assert {name: recipe.steps for name, recipe in RECIPES.items()} == {
-        "supervised": (wide_crop, *moco_v2[1:]),
-        "supervised_basic": (wide_crop, HorizontalFlip(0.5)),
-        "moco_v1": moco_v1,
-        "moco_v2": moco_v2,
-        "light": (CROP, HorizontalFlip(0.5)),
-        "evaluation": (ResizeCenterCrop(92 / 84),),
-    }
-    assert all(name == recipe.name for name, recipe in RECIPES.items())
-
-
-@pytest.mark.parametrize("name", list(RECIPES))
-def test_recipes_survive_json(name):
-    recipe = replace(RECIPES[name], size=96)
-    record = json.loads(json.dumps(recipe.to_json()))
-    assert ViewRecipe.from_json(record) == recipe
-
-
-def test_json_shows_every_parameter():
-    record = ViewRecipe("mine", (CROP, ColorJitter(0.4, 0.3, 0.2, 0.1, 0.8), GaussianBlur())).to_json()
-    assert record == {
-        "name": "mine",
-        "size": None,
-        "steps": [
-            {"step": "random_resized_crop", "area": [0.2, 1.0], "ratio": [3 / 4, 4 / 3]},
-            {"step": "color_jitter", "brightness": 0.4, "contrast": 0.3, "saturation": 0.2, "hue": 0.1, "p": 0.8},
-            {"step": "gaussian_blur", "sigma": [0.1, 2.0], "p": 0.5},
-        ],
-    }
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: RandomResizedCrop(area=(0.0, 1.0)), r"area is \(0.0, 1.0\).*\(0.0, 1.0\]"),
-        (lambda: RandomResizedCrop(area=(0.5, 0.2)), "area"),
-        (lambda: RandomResizedCrop(area=(0.5, 1.2)), "area"),
-        (lambda: RandomResizedCrop(area=(float("nan"), 1.0)), "area"),
-        (lambda: RandomResizedCrop(ratio=(0.0, 1.0)), "ratio"),
-        (lambda: ResizeCenterCrop(0.9), "enlarge is 0.9"),
-        (lambda: ColorJitter(hue=0.6), "hue is 0.6"),
-        (lambda: ColorJitter(brightness=-0.1), "brightness is -0.1"),
-        (lambda: ColorJitter(p=1.5), "p is 1.5"),
-        (lambda: Grayscale(p=-0.1), "Grayscale p is -0.1"),
-        (lambda: GaussianBlur(sigma=(0.0, 1.0)), "sigma"),
-        (lambda: GaussianBlur(p=float("nan")), "GaussianBlur p"),
-        (lambda: HorizontalFlip(p=2), "HorizontalFlip p"),
-        (lambda: ViewRecipe("x", ()), "start with its one crop"),
-        (lambda: ViewRecipe("x", (HorizontalFlip(), CROP)), "start with its one crop"),
-        (lambda: ViewRecipe("x", (CROP, ResizeCenterCrop())), "start with its one crop"),
-        (lambda: ViewRecipe("x", (CROP, Grayscale(), Grayscale())), "repeats.*grayscale"),
-        (lambda: ViewRecipe("x", (CROP, "flip")), "'flip'.*horizontal_flip"),
-        (lambda: ViewRecipe("x", (CROP,), size=0), "size 0"),
-        (lambda: ViewRecipe.from_json({"name": "x"}), "'steps'"),
-        (lambda: ViewRecipe.from_json({"name": "x", "steps": [{"step": "solarise"}]}), "'solarise'.*grayscale"),
-        (lambda: ViewRecipe.from_json({"steps": [{"step": "grayscale", "q": 1}]}), r"no parameter \['q'\]"),
-        (lambda: find_recipe("moco_v3"), "moco_v3.*moco_v2"),
-        (lambda: ViewMaker([], 32, 0), "No view recipe"),
-        (lambda: ViewMaker([RECIPES["light"]], 0, 0), "image size is 0"),
-        (lambda: ViewMaker([RECIPES["light"]], 32, 0, backend="opencv"), "opencv.*torchvision"),
-    ],
-)
-def test_mistakes_are_explained(make, message):
-    with pytest.raises(DataError, match=f"(?s){message}"):
-        make()
 
 
 # ---- distributions of the draws
@@ -245,6 +167,62 @@ def test_evaluation_boxes_undo_to_torchvisions_pixels(size):
         np.testing.assert_allclose(box * scale, [*corner, size, size], atol=1e-9)
 
 
+@pytest.mark.parametrize(("padding", "size"), [(8 / 84, 84), (4 / 32, 32), (8 / 84, 64), (0.0, 32), (0.5, 1)])
+def test_random_crops_start_at_every_offset_of_the_padding_alike(padding, size):
+    border = round(padding * size)
+    heights, widths = np.full(4000, 60), np.full(4000, 90)
+    recipe = ViewRecipe("x", (RandomCrop(padding),))
+    boxes = draw_parameters(recipe, heights, widths, size, 0, 0, 0, np.arange(4000)).boxes
+    np.testing.assert_array_equal(boxes[:, 2:], np.tile([60.0, 90.0], (4000, 1)))
+    corners = boxes[:, :2] * size / [60, 90]
+    np.testing.assert_allclose(corners, np.rint(corners), atol=1e-9)
+    for axis in range(2):
+        offsets, counts = np.unique(np.rint(corners[:, axis]), return_counts=True)
+        np.testing.assert_array_equal(offsets, np.arange(-border, border + 1))
+        assert border == 0 or stats.chisquare(counts).pvalue > 1e-3
+    assert border == 0 or abs(np.corrcoef(corners.T)[0, 1]) < 4 / np.sqrt(4000)
+
+
+def test_solarize_happens_with_its_probability_and_has_a_slot_of_its_own():
+    count = 20_000
+    crop_and_gray = ViewRecipe("x", (CROP, Grayscale(p=0.3), GaussianBlur(p=0.3)))
+    parameters = draw(replace(crop_and_gray, steps=(*crop_and_gray.steps, Solarize(0.25, p=0.3))), count)
+    assert set(np.unique(parameters.codes[:, 2])) == {NOTHING, SOLARIZE}
+    assert (parameters.arguments[:, 2] == 0.25).all()
+    happened = parameters.codes != NOTHING
+    assert (np.abs(happened.mean(axis=0) - 0.3) < 4 * np.sqrt(0.3 * 0.7 / count)).all()
+    assert np.abs(np.corrcoef(happened.T) - np.eye(3)).max() < 4 / np.sqrt(count)
+    np.testing.assert_array_equal(parameters.codes[:, :2], draw(crop_and_gray, count).codes)
+
+
+def test_a_shared_flip_is_the_same_in_every_view_of_an_image():
+    """AMDIM: one flip for both views, everything else independent."""
+    maker = ViewMaker([RECIPES["amdim"]] * 3, 16, seed=2)
+    images, index = random_images(200), np.arange(200)
+    drawn = [maker.draw(images, epoch, index) for epoch in range(2)]
+    for views in drawn:
+        for view in views[1:]:
+            np.testing.assert_array_equal(view.flips, views[0].flips)
+            assert not np.array_equal(view.boxes, views[0].boxes)
+            assert not np.array_equal(view.codes, views[0].codes)
+    assert not np.array_equal(drawn[0][0].flips, drawn[1][0].flips)
+    assert 0.4 < drawn[0][0].flips.mean() < 0.6
+    # View 0 flips as it would alone; the other views of an unshared flip do not follow it.
+    alone = [step if not isinstance(step, HorizontalFlip) else HorizontalFlip() for step in RECIPES["amdim"].steps]
+    unshared = ViewMaker([ViewRecipe("x", tuple(alone))] * 2, 16, seed=2).draw(images, 0, index)
+    np.testing.assert_array_equal(unshared[0].flips, drawn[0][0].flips)
+    assert abs(np.corrcoef(unshared[0].flips, unshared[1].flips)[0, 1]) < 4 / np.sqrt(200)
+
+
+def test_to_lab_changes_no_pixel():
+    """It is a marker: the backbone converts, so that what transfers takes RGB images."""
+    images, index = random_images(4), np.arange(4)
+    recipe = RECIPES["cmc"]
+    rgb = replace(recipe, steps=tuple(step for step in recipe.steps if not isinstance(step, ToLab)))
+    views = [ViewMaker([each], 16, seed=0)(images, 0, index)[0] for each in (recipe, rgb)]
+    np.testing.assert_array_equal(*views)
+
+
 # ---- views
 
 
@@ -289,6 +267,12 @@ def test_a_recipe_may_set_its_own_size():
     recipes = [RECIPES["moco_v2"], replace(RECIPES["moco_v2"], size=12)]
     views = ViewMaker(recipes, 20, seed=0)(random_images(3), 0, np.arange(3))
     assert [view.shape for view in views] == [(3, 3, 20, 20), (3, 3, 12, 12)]
+
+
+def test_a_recipe_may_set_its_size_relative_to_the_runs():
+    maker = ViewMaker([RECIPES["swav_large"], RECIPES["swav_small"]], 84, seed=0)
+    views = maker(random_images(3), 0, np.arange(3))
+    assert [view.shape for view in views] == [(3, 3, 84, 84), (3, 3, 36, 36)]
 
 
 def test_given_arrays_are_filled():
