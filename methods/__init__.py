@@ -8,7 +8,22 @@ from __future__ import annotations
 
 import difflib
 
-from methods import camtrast, exemplar, moco, simsiam, sl_mlp, supervised
+from methods import (
+    byol,
+    camtrast,
+    cmc,
+    exemplar,
+    instdisc,
+    moco,
+    rotation,
+    simclr,
+    simsiam,
+    sl_mlp,
+    supcon,
+    supervised,
+    swav,
+    vae,
+)
 from methods.contracts import Batch, Method, MethodContext, MethodSpec, Progress, StepOutput
 
 __all__ = [
@@ -38,6 +53,20 @@ METHODS: dict[str, MethodSpec] = {
         optimizer=sl_mlp.OPTIMIZER,
         summary="Cross entropy through an MLP projector that is thrown away (Wang et al. 2022).",
     ),
+    "supcon": MethodSpec(
+        config=supcon.SupConConfig(),
+        method=supcon.SupCon,
+        views=supcon.VIEWS,
+        optimizer=supcon.OPTIMIZER,
+        summary="Views of one class attract each other, all others repel (Khosla et al. 2020).",
+    ),
+    "instdisc": MethodSpec(
+        config=instdisc.InstDiscConfig(),
+        method=instdisc.InstDisc,
+        views=instdisc.VIEWS,
+        optimizer=instdisc.OPTIMIZER,
+        summary="Every image is a class of its own, remembered in a memory bank (Wu et al. 2018).",
+    ),
     "moco_v1": MethodSpec(
         config=moco.MoCoConfig(temperature=0.07, projector_depth=1),
         method=moco.MoCo,
@@ -66,6 +95,20 @@ METHODS: dict[str, MethodSpec] = {
         optimizer=moco.OPTIMIZER_V2,
         summary="MoCo v2 without negatives of the query's own class (Zhao et al. 2021).",
     ),
+    "simclr": MethodSpec(
+        config=simclr.SimCLRConfig(),
+        method=simclr.SimCLR,
+        views=simclr.VIEWS,
+        optimizer=simclr.OPTIMIZER,
+        summary="Two views attract each other, all other images of the global batch repel (Chen et al. 2020).",
+    ),
+    "byol": MethodSpec(
+        config=byol.ByolConfig(),
+        method=byol.Byol,
+        views=byol.VIEWS,
+        optimizer=byol.OPTIMIZER,
+        summary="The network predicts what a slow copy of itself makes of another view, no negatives (Grill et al. 2020).",
+    ),
     "simsiam": MethodSpec(
         config=simsiam.SimSiamConfig(),
         method=simsiam.SimSiam,
@@ -73,6 +116,13 @@ METHODS: dict[str, MethodSpec] = {
         optimizer=simsiam.OPTIMIZER,
         summary="Two views predict each other behind a stop-gradient, no negatives (Chen & He 2021).",
         zero_init_residual=True,
+    ),
+    "swav": MethodSpec(
+        config=swav.SwavConfig(),
+        method=swav.Swav,
+        views=swav.VIEWS,
+        optimizer=swav.OPTIMIZER,
+        summary="Crops of many sizes predict each other's cluster codes (Caron et al. 2020).",
     ),
     "camtrast_moco": MethodSpec(
         config=camtrast.CamtrastMoCoConfig(),
@@ -88,6 +138,28 @@ METHODS: dict[str, MethodSpec] = {
         optimizer=camtrast.OPTIMIZER,
         summary="Labels, plus SimSiam between an image and itself with the class activation hidden (Sun et al. 2022).",
         zero_init_residual=True,
+    ),
+    "rotation": MethodSpec(
+        config=rotation.RotationConfig(),
+        method=rotation.Rotation,
+        views=rotation.VIEWS,
+        optimizer=rotation.OPTIMIZER,
+        summary="Which way up is the image? Four rotations are told apart (Gidaris et al. 2018).",
+    ),
+    "vae": MethodSpec(
+        config=vae.VAEConfig(),
+        method=vae.VAE,
+        views=vae.VIEWS,
+        optimizer=vae.OPTIMIZER,
+        summary="Variational autoencoder: the image is drawn again from a noisy code (Newell & Deng 2020).",
+    ),
+    "cmc": MethodSpec(
+        config=cmc.CMCConfig(),
+        method=cmc.Cmc,
+        views=cmc.VIEWS,
+        optimizer=cmc.OPTIMIZER,
+        summary="Lightness and colour of an image find each other, two half-width encoders (Tian et al. 2020).",
+        color_space="lab",
     ),
 }
 

@@ -19,8 +19,8 @@ class LARS(Optimizer):
 
     For a weight w with gradient g, decay d and trust coefficient eta:
     r = eta ||w|| / (||g|| + d ||w||), u <- mu u + r (g + d w), w <- w - lr u.
-    Where w or g has norm 0, r = 1 and d = 0. Groups with ``adapt=False`` (biases and BatchNorm in SimCLR, BYOL and
-    SwAV) always take r = 1.
+    Where w or g has norm 0, r = 1 and d = 0. Groups with ``adapt=False`` (biases and BatchNorm in SimCLR and BYOL)
+    always take r = 1.
 
     One set of ``foreach`` calls per group and no look at values, so the device never waits for the host.
 

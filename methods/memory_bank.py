@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from methods.collectives import all_gather_concat, all_reduce_mean, rank
 from methods.contracts import MethodContext, Progress
-from methods.losses import _NegativeLogSumExp
+from methods.losses import log_sum_exp
 from methods.random_numbers import random_integers
 
 __all__ = ["BankLoss", "MemoryBank", "nce_loss", "sampled_logits", "sampled_softmax_loss", "validate_bank"]
@@ -123,7 +123,7 @@ class MemoryBank(nn.Module):
         """
         if kind == "softmax":
             own_B = sampled_logits(q_BD, self.features, ids_BM1[:, :1], temperature)[:, 0]
-            return (_NegativeLogSumExp.apply(q_BD, self.features, temperature, None, None)[0] - own_B).mean()
+            return (log_sum_exp(q_BD, self.features, temperature) - own_B).mean()
         logits_BM1 = sampled_logits(q_BD, self.features, ids_BM1, temperature)
         if kind == "sampled_softmax":
             return sampled_softmax_loss(logits_BM1)

@@ -24,10 +24,10 @@ class OptimizerConfig:
     """How the weights move.
 
     Attributes:
-        optimizer: sgd, lars or adam.
+        optimizer: sgd, lars, larc (lars that also adapts and decays biases and BatchNorm: SwAV) or adam.
         learning_rate: peak learning rate for a global batch of 256 images.
         scale_learning_rate: multiply the learning rate by global batch / 256 (the linear rule of the papers).
-        sgd_momentum: momentum of SGD and LARS.
+        sgd_momentum: momentum of SGD, LARS and LARC.
         nesterov: Nesterov momentum (SGD).
         weight_decay: L2 penalty.
         schedule: cosine, linear, step or constant, after the warm-up.
@@ -41,7 +41,7 @@ class OptimizerConfig:
         adam_beta2: second Adam decay.
     """
 
-    optimizer: Literal["sgd", "lars", "adam"] = "sgd"
+    optimizer: Literal["sgd", "lars", "larc", "adam"] = "sgd"
     learning_rate: float = 0.03
     scale_learning_rate: bool = True
     sgd_momentum: float = 0.9
@@ -155,7 +155,8 @@ def build_optimizer(method: nn.Module, config: OptimizerConfig, global_batch_siz
 
     Parameters under the prefixes of ``method.fixed_learning_rate`` (SimSiam's predictor) form groups that
     ``set_learning_rate`` leaves alone. SGD and Adam decay every parameter, as the official MoCo, SimSiam and
-    CAMtrast codes do; LARS neither decays nor adapts vectors (biases and BatchNorm), as SimCLR, BYOL and SwAV do.
+    CAMtrast codes do; LARS neither decays nor adapts vectors (biases and BatchNorm), as SimCLR and BYOL do; LARC (``apex``
+    with clip off, SwAV) makes no such difference.
 
     Raises:
         ValueError: a prefix of ``fixed_learning_rate`` that names no parameter, or nothing to train.
@@ -178,7 +179,7 @@ def build_optimizer(method: nn.Module, config: OptimizerConfig, global_batch_siz
         {"params": params, "lr": peak, FIXED: is_fixed} | ({"weight_decay": 0.0, "adapt": False} if is_vector else {})
         for (is_fixed, is_vector), params in groups.items()
     ]
-    if config.optimizer == "lars":
+    if config.optimizer in ("lars", "larc"):
         return LARS(param_groups, peak, momentum=config.sgd_momentum, weight_decay=config.weight_decay)
     if config.optimizer == "adam":
         betas = (config.adam_beta1, config.adam_beta2)

@@ -35,7 +35,9 @@ __all__ = ["OPTIMIZER", "VIEWS", "Swav", "SwavConfig", "sinkhorn", "swapped_pred
 NUM_ASSIGNMENT_CROPS = 2  # the large crops, the first two views
 VIEWS = ("swav_large", "swav_large", *["swav_small"] * 6)
 # Batch 256: 0.6 -> 0.0006 without warm-up. Batch 4096: 4.8 -> 0.0048 (0.3 per 256), 10 warm-up epochs.
-OPTIMIZER = OptimizerConfig(optimizer="lars", learning_rate=0.6, weight_decay=1e-6, schedule="cosine")
+OPTIMIZER = OptimizerConfig(
+    optimizer="larc", learning_rate=0.6, weight_decay=1e-6, schedule="cosine", final_learning_rate=0.0006
+)
 
 
 @dataclass(frozen=True)

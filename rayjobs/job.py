@@ -110,12 +110,26 @@ def local_data(data: PreparedData, config: PretrainConfig) -> PreparedData:
 
 
 def view_recipes(config: PretrainConfig) -> list[Any]:
-    """The view recipes of a run: the method's own unless the user named others."""
+    """The view recipes of a run: the method's own unless the user named others.
+
+    Raises:
+        ValueError: an unknown recipe, or one in another colour space than the method's backbone expects.
+    """
     names = config.train.views or METHODS[config.method].views
     unknown = [name for name in names if name not in RECIPES]
     if unknown:
         raise ValueError(f"Unknown view recipe {', '.join(unknown)}. Known recipes: {', '.join(RECIPES)}.")
-    return [RECIPES[name] for name in names]
+    recipes = [RECIPES[name] for name in names]
+    wanted = METHODS[config.method].color_space
+    wrong = [recipe.name for recipe in recipes if recipe.color_space != wanted]
+    if wrong:
+        rule = "end with the step to_lab" if wanted == "lab" else "not contain the step to_lab"
+        fitting = [name for name, recipe in RECIPES.items() if recipe.color_space == wanted]
+        raise ValueError(
+            f"{config.method} works on {wanted} colours, so its view recipes must {rule}; {', '.join(wrong)} does not "
+            f"fit. Recipes that do: {', '.join(fitting)}."
+        )
+    return recipes
 
 
 def uses_memory(config: TrainConfig, data: PreparedData, split: str = "train") -> bool:

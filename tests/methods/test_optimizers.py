@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_warmup_of_the_whole_run_is_allowed_and_longer_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": "adamw"}, "optimizer='adamw'.*'sgd', 'lars', 'adam'"),
+        ({"optimizer": "adamw"}, "optimizer='adamw'.*'sgd', 'lars', 'larc', 'adam'"),
         ({"schedule": "exponential"}, "schedule='exponential'"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"learning_rate": math.nan}, "learning_rate=nan"),
@@ -163,7 +164,7 @@ def _ids(parameters) -> set[int]:
     return {id(p) for p in parameters}
 
 
-@pytest.mark.parametrize("name", ["sgd", "lars", "adam"])
+@pytest.mark.parametrize("name", ["sgd", "lars", "larc", "adam"])
 def test_schedule_leaves_the_predictor_and_frozen_parameters_alone(name):
     method = _Method()
     optimizer = build_optimizer(method, OptimizerConfig(optimizer=name, learning_rate=0.2), 512)
@@ -233,6 +234,17 @@ def test_lars_is_lightlys():
     ]
     reference = LightlyLARS(groups, lr=2.0, momentum=0.9, weight_decay=1e-2)
     torch.testing.assert_close(_run(ours, build_optimizer(ours, config, 256)), _run(other, reference))
+
+
+def test_larc_adapts_every_parameter():
+    ours, other = _twins()
+    config = OptimizerConfig(optimizer="larc", learning_rate=2.0, weight_decay=1e-2)
+    reference = LightlyLARS(_trainable(other), lr=2.0, momentum=0.9, weight_decay=1e-2)
+    weights = _run(ours, build_optimizer(ours, config, 256))
+    torch.testing.assert_close(weights, _run(other, reference))
+    plain, _ = _twins()
+    without = _run(plain, build_optimizer(plain, replace(config, optimizer="lars"), 256))
+    assert not torch.allclose(without[-1], weights[-1])
 
 
 def test_lars_is_the_definition_and_its_state_round_trips():
