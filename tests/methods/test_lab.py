@@ -106,6 +106,24 @@ def test_normalized_lab_undoes_the_views_normalisation():
     torch.testing.assert_close(normalized_lab(_views(rgb)), expected)
 
 
+def test_constants_are_copied_to_the_device_once(monkeypatch):
+    # A copy in every step makes the host wait for a GPU.
+    x = torch.randn(1, 3, 4, 4)
+    first = normalized_lab(x)
+    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "new_tensor")):
+        monkeypatch.setattr(owner, name, None)
+    assert torch.equal(normalized_lab(x), first)
+
+
+def test_inference_mode_first_and_training_later_may_share_constants():
+    x = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    with torch.inference_mode():
+        first = normalized_lab(x)
+    layer = torch.nn.Conv2d(3, 1, 1).double()
+    layer(normalized_lab(x)).sum().backward()
+    assert torch.equal(normalized_lab(x), first)
+
+
 def test_memory_layout_is_kept():
     x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     lab = normalized_lab(x)
