@@ -9,8 +9,11 @@ from __future__ import annotations
 import difflib
 
 from methods import (
+    amdim,
     byol,
     camtrast,
+    camtrast_ablations,
+    camtrast_code,
     cmc,
     exemplar,
     instdisc,
@@ -107,7 +110,7 @@ METHODS: dict[str, MethodSpec] = {
         method=byol.Byol,
         views=byol.VIEWS,
         optimizer=byol.OPTIMIZER,
-        summary="The network predicts what a slow copy of itself makes of another view, no negatives (Grill et al. 2020).",
+        summary="Predicts what a slow copy of the network makes of another view, no negatives (Grill et al. 2020).",
     ),
     "simsiam": MethodSpec(
         config=simsiam.SimSiamConfig(),
@@ -139,6 +142,38 @@ METHODS: dict[str, MethodSpec] = {
         summary="Labels, plus SimSiam between an image and itself with the class activation hidden (Sun et al. 2022).",
         zero_init_residual=True,
     ),
+    "camtrast_cam_only": MethodSpec(
+        config=camtrast_ablations.CamtrastCAMOnlyConfig(),
+        method=camtrast_ablations.CamtrastCAMOnly,
+        views=camtrast.VIEWS,
+        optimizer=camtrast.OPTIMIZER,
+        summary="CAMtrast without contrast: labels, with and without the class activation (Sun et al. 2022, Table 5).",
+    ),
+    "camtrast_contrast_only_moco": MethodSpec(
+        config=camtrast_ablations.CamtrastContrastOnlyMoCoConfig(),
+        method=camtrast_ablations.CamtrastContrastOnlyMoCo,
+        views=camtrast.VIEWS,
+        optimizer=camtrast.OPTIMIZER,
+        summary="CAMtrast with MoCo v2 whose hidden image is contrasted but not classified (Sun et al. 2022, Table 5).",
+    ),
+    "camtrast_contrast_only_simsiam": MethodSpec(
+        config=camtrast_ablations.CamtrastContrastOnlySimSiamConfig(),
+        method=camtrast_ablations.CamtrastContrastOnlySimSiam,
+        views=camtrast.VIEWS,
+        optimizer=camtrast.OPTIMIZER,
+        summary="CAMtrast with SimSiam whose hidden image is contrasted but not classified (Sun et al. 2022, Table 5).",
+        zero_init_residual=True,
+    ),
+    "camtrast_code": MethodSpec(
+        config=camtrast.CamtrastSimSiamConfig(
+            variant="code", fixed_predictor_learning_rate=False, sync_batchnorm=False
+        ),
+        method=camtrast.CamtrastSimSiam,
+        views=camtrast_code.VIEWS_CODE,
+        optimizer=camtrast_code.OPTIMIZER_CODE,
+        summary="CAMtrast with SimSiam as its released code trains it: two optimiser steps per batch.",
+        zero_init_residual=True,
+    ),
     "rotation": MethodSpec(
         config=rotation.RotationConfig(),
         method=rotation.Rotation,
@@ -160,6 +195,13 @@ METHODS: dict[str, MethodSpec] = {
         optimizer=cmc.OPTIMIZER,
         summary="Lightness and colour of an image find each other, two half-width encoders (Tian et al. 2020).",
         color_space="lab",
+    ),
+    "amdim": MethodSpec(
+        config=amdim.AMDIMConfig(),
+        method=amdim.AMDIM,
+        views=amdim.VIEWS,
+        optimizer=amdim.OPTIMIZER,
+        summary="Global and local features of one view find those of the other (Bachman et al. 2019).",
     ),
 }
 

@@ -51,6 +51,10 @@ __all__ = [
 SecondView = Literal["suppressed", "augmented"]
 
 
+def _num_views(config: Any) -> range:
+    return range(2, 3) if config.second_view == "augmented" else range(1, 2)
+
+
 @dataclass(frozen=True)
 class CamtrastCAMOnlyConfig(CamtrastConfig):
     """Cross entropy of the image and of the suppressed image.
@@ -156,6 +160,11 @@ class CamtrastContrastOnlyMoCo(CamtrastMoCo):
     config: CamtrastContrastOnlyMoCoConfig
 
     @staticmethod
+    def num_views(config: CamtrastContrastOnlyMoCoConfig) -> range:
+        """Two with an augmented second view, else one."""
+        return _num_views(config)
+
+    @staticmethod
     def validate(config: CamtrastContrastOnlyMoCoConfig, context: MethodContext) -> None:
         """Raises ``ValueError`` for a setting that cannot train."""
         _validate_second_view(config, context, "camtrast_contrast_only_moco")
@@ -178,6 +187,11 @@ class CamtrastContrastOnlySimSiam(nn.Module):
 
     # During the warm-up projector and predictor take no part in the loss.
     has_unused_parameters = True
+
+    @staticmethod
+    def num_views(config: CamtrastContrastOnlySimSiamConfig) -> range:
+        """Two with an augmented second view, else one."""
+        return _num_views(config)
 
     @staticmethod
     def validate(config: CamtrastContrastOnlySimSiamConfig, context: MethodContext) -> None:

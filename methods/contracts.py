@@ -93,7 +93,8 @@ class Method(Protocol):
     (CAMtrast's released code, two after its warm-up). ``forward`` then runs once per phase (and micro-step) with
     ``progress.phase`` set, each phase ends with an optimiser step at the same learning rate, and ``after_step`` runs
     once after the last. The reported loss is the sum over the phases, whose monitors have different names. What one
-    phase keeps for the next is kept per micro-step and is no state.
+    phase keeps for the next is kept per micro-step and is no state. A static function ``num_views(config) -> range``
+    where the views per image are not those of ``MethodSpec.views`` in number.
     """
 
     backbone: nn.Module

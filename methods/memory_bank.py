@@ -88,7 +88,7 @@ class MemoryBank(nn.Module):
 
     Attributes:
         features: float (n, D); uniform in +-1/sqrt(D/3) until an image is first seen (``lemniscate``).
-        log_z: float (), log of NCE's constant Z; NaN until the first step sets it.
+        log_z: float (), log of NCE's constant Z; infinite until the first step sets it.
         seed: int64 (), source of all noise samples of the run.
     """
 
@@ -101,7 +101,7 @@ class MemoryBank(nn.Module):
         super().__init__()
         bound = 1.0 / math.sqrt(dim / 3)
         self.register_buffer("features", torch.empty(num_images, dim).uniform_(-bound, bound))
-        self.register_buffer("log_z", torch.full((), torch.nan))
+        self.register_buffer("log_z", torch.full((), torch.inf))
         self.register_buffer("seed", torch.randint(2**62, ()))
         self._staged: list[tuple[Tensor, Tensor]] = []
 
@@ -135,7 +135,7 @@ class MemoryBank(nn.Module):
         """Z = n * mean(exp(logit)) over the first batch of all workers, then constant."""
         mean = all_reduce_mean(logits.exp().mean())
         log_z = mean.log() + math.log(len(self.features))
-        self.log_z.copy_(torch.where(self.log_z.isnan(), log_z.to(self.log_z.dtype), self.log_z))
+        self.log_z.copy_(torch.where(self.log_z.isinf(), log_z.to(self.log_z.dtype), self.log_z))
 
     @torch.no_grad()
     def stage(self, features_BD: Tensor, index_B: Tensor, micro_step: int) -> None:

@@ -155,8 +155,8 @@ def build_optimizer(method: nn.Module, config: OptimizerConfig, global_batch_siz
 
     Parameters under the prefixes of ``method.fixed_learning_rate`` (SimSiam's predictor) form groups that
     ``set_learning_rate`` leaves alone. SGD and Adam decay every parameter, as the official MoCo, SimSiam and
-    CAMtrast codes do; LARS neither decays nor adapts vectors (biases and BatchNorm), as SimCLR and BYOL do; LARC (``apex``
-    with clip off, SwAV) makes no such difference.
+    CAMtrast codes do; LARS neither decays nor adapts vectors (biases and BatchNorm), as SimCLR and BYOL do; LARC
+    (``apex`` with clip off, SwAV) makes no such difference.
 
     Raises:
         ValueError: a prefix of ``fixed_learning_rate`` that names no parameter, or nothing to train.

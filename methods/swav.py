@@ -153,6 +153,11 @@ class Swav(nn.Module):
                 stacklevel=2,
             )
 
+    @staticmethod
+    def num_views(config: SwavConfig) -> range:
+        """The two assignment crops and any number of others."""
+        return range(NUM_ASSIGNMENT_CROPS, 100)
+
     def __init__(self, config: SwavConfig, backbone: Any, context: MethodContext) -> None:
         super().__init__()
         self.validate(config, context)
@@ -177,8 +182,6 @@ class Swav(nn.Module):
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Swapped prediction over all crops."""
-        if len(batch.views) < NUM_ASSIGNMENT_CROPS:
-            raise ValueError(f"swav needs at least {NUM_ASSIGNMENT_CROPS} views, got {len(batch.views)}.")
         if progress.micro_step == 0:
             with torch.no_grad():
                 self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))

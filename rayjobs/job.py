@@ -16,8 +16,8 @@ from image_data.store import DecodedStore
 from image_data.stream import MemoryStream
 from methods import METHODS
 from rayjobs.capacity import Placement
-from rayjobs.configs import PretrainConfig, TrainConfig
-from rayjobs.train_loop import Reporter, Stream, Worker, method_context, train
+from rayjobs.configs import PretrainConfig, TrainConfig, resolve_stem
+from rayjobs.train_loop import Reporter, Stream, Worker, feature_map_side, method_context, train
 from rayjobs.transfer import TaskConfigs, evaluate_backbone
 
 __all__ = ["Job", "local_data", "run_job", "set_threads", "uses_memory", "view_recipes", "worker_device"]
@@ -113,23 +113,40 @@ def view_recipes(config: PretrainConfig) -> list[Any]:
     """The view recipes of a run: the method's own unless the user named others.
 
     Raises:
-        ValueError: an unknown recipe, or one in another colour space than the method's backbone expects.
+        ValueError: an unknown recipe, a number of views that the method cannot take, a colour space that its backbone
+            does not expect, or a view too small for the backbone.
     """
     names = config.train.views or METHODS[config.method].views
     unknown = [name for name in names if name not in RECIPES]
     if unknown:
         raise ValueError(f"Unknown view recipe {', '.join(unknown)}. Known recipes: {', '.join(RECIPES)}.")
     recipes = [RECIPES[name] for name in names]
-    wanted = METHODS[config.method].color_space
-    wrong = [recipe.name for recipe in recipes if recipe.color_space != wanted]
-    if wrong:
-        rule = "end with the step to_lab" if wanted == "lab" else "not contain the step to_lab"
-        fitting = [name for name, recipe in RECIPES.items() if recipe.color_space == wanted]
-        raise ValueError(
-            f"{config.method} works on {wanted} colours, so its view recipes must {rule}; {', '.join(wrong)} does not "
-            f"fit. Recipes that do: {', '.join(fitting)}."
-        )
+    _check_views(config, recipes)
     return recipes
+
+
+def _check_views(config: PretrainConfig, recipes: list[Any]) -> None:
+    spec, settings = METHODS[config.method], config.train
+    allowed = range(len(spec.views), len(spec.views) + 1)
+    if hasattr(spec.method, "num_views"):
+        allowed = spec.method.num_views(config.method_config)
+    if len(recipes) not in allowed:
+        number = str(allowed.start) if len(allowed) == 1 else f"at least {allowed.start}"
+        raise ValueError(
+            f"{config.method} takes {number} view(s) per image with these settings, got {len(recipes)} "
+            f"({' '.join(recipe.name for recipe in recipes)}). Name one recipe per view with --views, for example "
+            f"--views {' '.join([recipes[0].name] * allowed.start)}."
+        )
+    wrong = [recipe.name for recipe in recipes if recipe.color_space != spec.color_space]
+    if wrong:
+        rule = "end with the step to_lab" if spec.color_space == "lab" else "not contain the step to_lab"
+        fitting = [name for name, recipe in RECIPES.items() if recipe.color_space == spec.color_space]
+        raise ValueError(
+            f"{config.method} works on {spec.color_space} colours, so its view recipes must {rule}; "
+            f"{', '.join(wrong)} does not fit. Recipes that do: {', '.join(fitting)}."
+        )
+    for side in sorted({recipe.side(settings.image_size) for recipe in recipes}):
+        feature_map_side(settings.backbone, resolve_stem(settings), side)
 
 
 def uses_memory(config: TrainConfig, data: PreparedData, split: str = "train") -> bool:

@@ -31,7 +31,16 @@ from methods.optimizers import build_optimizer, learning_rate, set_learning_rate
 from rayjobs.checkpoint import load_config, load_state, save_checkpoint
 from rayjobs.configs import PretrainConfig, config_hash, resolve_stem
 
-__all__ = ["Reporter", "Stream", "TrainingDiverged", "Worker", "build_method", "method_context", "train"]
+__all__ = [
+    "Reporter",
+    "Stream",
+    "TrainingDiverged",
+    "Worker",
+    "build_method",
+    "feature_map_side",
+    "method_context",
+    "train",
+]
 
 CURVE_POINTS_PER_EPOCH = 10
 FIRST_PROGRESS_SECONDS, PROGRESS_SECONDS = 2.0, 10.0  # within an epoch
@@ -100,12 +109,12 @@ def method_context(config: PretrainConfig, num_classes: int, num_images: int) ->
         world_size=train.num_workers,
         image_size=train.image_size,
         num_micro_steps=train.accumulate,
-        feature_map_side=_feature_map_side(train.backbone, resolve_stem(train), train.image_size),
+        feature_map_side=feature_map_side(train.backbone, resolve_stem(train), train.image_size),
     )
 
 
 @lru_cache(maxsize=64)
-def _feature_map_side(backbone: str, stem: Literal["imagenet", "small"], image_size: int) -> int:
+def feature_map_side(backbone: str, stem: Literal["imagenet", "small"], image_size: int) -> int:
     """Side of the last feature map, found with one image (the meta device would load torch's compiler: 7 s)."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         module = build_backbone(backbone, stem).eval()

@@ -149,8 +149,3 @@ def test_usage_entropy_sees_a_collapse_onto_one_prototype():
 def test_settings_that_cannot_train_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Swav.validate(replace(SMALL, **changes), make_context())
-
-
-def test_one_view_is_refused():
-    with pytest.raises(ValueError, match="at least 2 views, got 1"):
-        _method()(make_batch(1), progress())
