@@ -32,7 +32,12 @@ from search_spaces.space import SearchSpace, SpaceContext
 __all__ = ["PUBLISHED", "SINGLE_METHOD_SPACES"]
 
 PUBLISHED: Mapping[str, Mapping[str, float]] = {
-    "supervised": {"mini 1-shot R18": 54.60, "mini 5-shot R18": 74.50, "mini 1-shot R50": 55.31, "mini 5-shot R50": 73.73},
+    "supervised": {
+        "mini 1-shot R18": 54.60,
+        "mini 5-shot R18": 74.50,
+        "mini 1-shot R50": 55.31,
+        "mini 5-shot R50": 73.73,
+    },
     "moco_v1": {"K=65536 tau=0.07": 60.8, "K=1M tau=0.07": 60.9},
     "moco_v2": {
         "K=65536 tau=0.2": 67.5,
