@@ -15,8 +15,8 @@ command line: 20). Where the pooled feature already has that width it is the glo
 follows. What transfers is f.
 
 Ours: the maps are those at the end of the last two stages (authors: one block earlier); negatives are the images of all
-workers, with gradients; BatchNorm is synchronised, because theirs is one GPU's; views are flipped independently of each
-other (authors: together). Negatives come from one forward pass: micro-steps give fewer of them.
+workers, with gradients; BatchNorm is synchronised, because theirs is one GPU's. Negatives come from one forward pass:
+micro-steps give fewer of them.
 """
 
 from __future__ import annotations
