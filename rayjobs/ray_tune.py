@@ -230,7 +230,8 @@ class TrialEvents(tune.Callback):
         self._listener.trial_ended(trial.trial_id, trial.last_result, error=None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._listener.trial_ended(trial.trial_id, trial.last_result, error=str(trial.get_pickled_error() or "failed"))
+        # Tune stores the exception after this call.
+        self._listener.trial_ended(trial.trial_id, trial.last_result, error="")
 
 
 class _SavesAtOnce:

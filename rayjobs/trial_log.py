@@ -184,10 +184,13 @@ class TrialLog:
             run.tags({"collapsed": "true"})
         if error is not None or report.get("diverged"):
             run.tags({"outcome": "diverged" if report.get("diverged") else "crashed"})
-            run.text(error or str(report.get("diverged")), "error.txt")
+            if report.get("diverged"):
+                run.text(str(report["diverged"]), "error.txt")
             run.end("FAILED")
             if error is not None:
-                self._say(trial_id, "[red]failed[/red]", error.strip().splitlines()[-1][:160])
+                self._say(
+                    trial_id, "[red]failed[/red]", error or "the others go on; its error.txt in MLflow will say why"
+                )
         elif "transfer" in report:
             self._log_checkpoint(run, report["checkpoint_path"])
             run.tags({"outcome": "finished"})
@@ -200,6 +203,11 @@ class TrialLog:
             run.tags({"outcome": "pruned"})
             run.end("KILLED")
             self._say(trial_id, "[yellow]pruned[/yellow]", f"after epoch {int(report.get('epoch', 0))}")
+
+    def explain(self, trial_id: str, error: str) -> None:
+        """Add to a crashed trial's run what Tune knows only after its end."""
+        if trial_id in self._runs:  # not one that an earlier start of the sweep has explained
+            self._runs[trial_id].text(error, "error.txt")
 
     def interrupted(self) -> None:
         """Close the runs of trials that an interruption stopped; a resumed sweep reopens them."""
