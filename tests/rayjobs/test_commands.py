@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayjobs import evaluate, pretrain, sweep
+from rayjobs import compare, evaluate, pretrain, sweep
 from tests.rayjobs.conftest import write_images
 
 
@@ -140,7 +140,7 @@ def test_unknown_task(capsys, tmp_path):
     fails(capsys, evaluate, ["--checkpoint", str(tmp_path), "--tasks", "linear", "karate"], "karate", "few_shot")
 
 
-@pytest.mark.parametrize("command", [sweep, pretrain, evaluate])
+@pytest.mark.parametrize("command", [sweep, compare, pretrain, evaluate])
 def test_help_names_every_option(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         command.main(["--help"])
@@ -153,3 +153,41 @@ def test_help_names_every_option(capsys, command):
 def test_a_method_that_cannot_run_is_an_error_when_named(capsys, image_folder):
     arguments = ["--methods", "camtrast_moco", "--image-size", "32", "--batch-size", "32", *folder(image_folder)]
     fails(capsys, sweep, arguments, "camtrast_moco", "single location", "small stem")
+
+
+SMALL = ["--image-size", "32", "--batch-size", "32"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--sedes", "3"], ("--sedes", "--seeds")),
+        (["--seeds", "1"], ("--seeds is 1", "at least 2", "interval")),
+        (["--epochs", "0"], ("--epochs is 0", "at least 1")),
+        (["--methods", "supervised", "moco_v9"], ("moco_v9", "'moco_v", "The methods are", "simsiam")),
+        (["--methods", "camtrast_moco"], ("camtrast_moco cannot run", "single location", "small stem")),
+        (["--views", "moco_v1"], ("--views moco_v1", "views of its paper")),
+        (["--tasks", "karate"], ("karate", "few_shot")),
+        (["--tasks"], ("--tasks is empty", "at least one")),
+        (["--write-docs", "table.txt"], ("table.txt", ".md")),
+        (["--write-docs", "gone/table.md"], ("gone", "does not exist")),
+        (["--batch-size", "4096"], ("4096", "at most")),
+    ],
+)
+def test_comparisons_that_cannot_run(capsys, image_folder, arguments, expected):
+    fails(capsys, compare, [*SMALL, *folder(image_folder), *arguments], *expected)
+
+
+def test_resume_of_no_comparison(capsys, tmp_path):
+    fails(capsys, compare, ["--resume", "--output", str(tmp_path)], "no unfinished comparison")
+    fails(capsys, compare, ["--resume", "--name", "gone", "--output", str(tmp_path)], "no comparison named 'gone'")
+
+
+@pytest.mark.parametrize("state", ["started.json", "sweep.json"])
+def test_comparison_name_in_use(capsys, tmp_path, state):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / state).write_text("{}")
+    script = "compare.py" if state == "started.json" else "sweep.py"
+    arguments = ["--name", "taken", "--output", str(tmp_path)]
+    for command in (compare, sweep):
+        fails(capsys, command, arguments, "taken", script, "--resume", "choose another --name")
