@@ -7,8 +7,9 @@ hold for any length. With n_i = log sum_j exp(q_i . queue_j / tau) over the nega
 
 so positive and negative logits never meet in one matrix. The queue takes no gradient, so one pass over blocks of it
 gives n_i and its gradient sum_j softmax_ij queue_j / tau; no (B, K) matrix is stored. Exponents are shifted by the
-largest logit seen so far rather than by the bound 1 / tau of unit vectors: any length and any temperature stay exact,
-for 2 % of the time of the pass (``benchmarks/large_queue.py``), and the largest logit is a monitor anyway.
+largest logit seen so far rather than by the bound 1 / tau of unit vectors: any length and any temperature stay exact.
+That costs next to nothing beside the matrix products, and the largest logit is a monitor anyway. Measured by
+``benchmarks/large_queue.py``.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Contrast(NamedTuple):
 class _SameClassMask:
     """Rows of 0 and -inf that, added to a key's logits, remove it from the queries of its own class.
 
-    One row per class of the batch: copying a row to each key costs a sixth of comparing B labels with each of K (1,000
-    classes, one CPU thread), whatever the number of classes, and reads no size back from a GPU.
+    One row per class of the batch, copied to each key: far cheaper on a CPU than comparing B labels with each of K and
+    filling, the same for few classes as for many, and without a list of pairs, whose length a GPU would have to tell.
     """
 
     def __init__(self, labels_B: Tensor, queue_labels_K: Tensor, dtype: torch.dtype) -> None:
@@ -78,7 +79,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_BD, queue_KD, temperature, labels_B, queue_labels_K):
-        scale = _LOG2_E / temperature  # powers of 2: exp2 takes half the time of exp on a CPU
+        scale = _LOG2_E / temperature  # powers of 2, because exp2 is cheaper than exp
         scaled_BD = q_BD * scale
         logits_per_block = _CPU_BLOCK_LOGITS if q_BD.device.type == "cpu" else _GPU_BLOCK_LOGITS
         block_size = max(1, logits_per_block // len(q_BD))

@@ -120,8 +120,8 @@ class FeatureQueue(nn.Module):
         """Share of the given image ids (B,) of which the queue holds an older key: a false negative; ()."""
         held = self.index
         if held.device.type == "cpu":
-            # Of 1M keys, 2 ms find the few that share their low bits with an id of the batch; searching all takes 50.
-            # Not on a GPU, where it would wait for their number and the search takes microseconds.
+            # Only the few keys that share their low bits with an id of the batch are searched: with 1M keys the search
+            # would take a noticeable part of the step. Not on a GPU, which would have to wait for their number.
             is_wanted = torch.zeros(_ID_TABLE_SIZE, dtype=torch.bool)
             is_wanted[index & (_ID_TABLE_SIZE - 1)] = True
             held = held[is_wanted.index_select(0, held & (_ID_TABLE_SIZE - 1))]
