@@ -189,7 +189,8 @@ class CamtrastMoCo(nn.Module):
         self.queue.stage(k_BD, batch.labels, batch.index, progress.micro_step)
         result = contrast(q_BD, k_BD, self.queue.keys, self.config.temperature)
         metrics = {"loss_self": result.loss.detach(), "contrast_top1": result.top1}
-        return StepOutput(result.loss, metrics | contrast_monitors(q_BD, k_BD, self.queue.keys))
+        metrics["negative_similarity"] = result.negative_similarity
+        return StepOutput(result.loss, metrics | contrast_monitors(q_BD, k_BD))
 
     @torch.no_grad()
     def _keys(self, images: Tensor, progress: Progress) -> Tensor:

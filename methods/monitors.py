@@ -33,7 +33,7 @@ def feature_monitors(z_BD: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def contrast_monitors(q_BD: Tensor, k_BD: Tensor, negatives_ND: Tensor | None = None) -> dict[str, Tensor]:
+def contrast_monitors(q_BD: Tensor, k_BD: Tensor) -> dict[str, Tensor]:
     """Monitors of pairs of unit vectors.
 
     Args:
@@ -44,16 +44,13 @@ def contrast_monitors(q_BD: Tensor, k_BD: Tensor, negatives_ND: Tensor | None = 
 
     Returns:
         The monitors of ``feature_monitors`` for q; `positive_similarity`, mean q.k; `alignment`, mean |q - k|^2 (Wang
-        & Isola, ICML 2020, alpha = 2); with negatives also `negative_similarity`, mean cosine with them.
+        & Isola, ICML 2020, alpha = 2).
     """
     q_BD, k_BD = q_BD.float(), k_BD.float()
-    metrics = feature_monitors(q_BD) | {
+    return feature_monitors(q_BD) | {
         "positive_similarity": (q_BD * k_BD).sum(1).mean(),
         "alignment": (q_BD - k_BD).square().sum(1).mean(),
     }
-    if negatives_ND is not None:
-        metrics["negative_similarity"] = q_BD.mean(0) @ negatives_ND.mean(0, dtype=torch.float32)
-    return metrics
 
 
 def is_collapsed(metrics: dict[str, float]) -> bool:

@@ -2,6 +2,7 @@
 
 python rayjobs/pretrain.py --method exemplar_v2 --data folder:PATH --epochs 200 --output runs/exemplar
 python rayjobs/pretrain.py --method simsiam --help       shows that method's own options
+python rayjobs/pretrain.py --recipe moco_v2_imagenet --data folder:IMAGENET    a paper's whole setting
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from methods.monitors import is_collapsed
 from methods.optimizers import OptimizerConfig
 from rayjobs.capacity import Placement, placement
 from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, option_value, plain, quiet_libraries, user_errors
-from rayjobs.configs import PretrainConfig, TrainConfig
+from rayjobs.configs import PretrainConfig, TrainConfig, preset
 from rayjobs.job import Job, uses_memory, view_recipes
 from rayjobs.places import resolve_output
+from rayjobs.recipes import describe_recipe, recipe
 from rayjobs.record import run_record
 from rayjobs.sweep_config import checked_batch
 from rayjobs.train_loop import TrainingDiverged, method_context
@@ -40,12 +42,15 @@ class Options:
 
     Attributes:
         method: pretraining method.
+        recipe: a complete setting by name, METHOD_imagenet or METHOD_small, that the other flags change; empty starts
+            from the method's preset.
         output: folder (or URI that all nodes reach) of the checkpoint; must be new, or hold a run to resume.
         resume: continue the run in --output from its newest checkpoint.
         experiment: MLflow experiment.
     """
 
     method: str = DEFAULT_METHOD
+    recipe: str = ""
     output: str = "results/pretrain"
     resume: bool = False
     experiment: str = "pretrain"
@@ -82,18 +87,27 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str]) -> tuple[Options, PretrainConfig]:
-    """The method decides which options exist."""
-    name = option_value(arguments, "method", DEFAULT_METHOD)
+    """The method decides which options exist, a recipe what they are by default."""
+    recipe_name = option_value(arguments, "recipe", "")
+    base = recipe(recipe_name) if recipe_name else None
+    name = option_value(arguments, "method", base.method if base else DEFAULT_METHOD)
+    if base is not None and name != base.method:
+        raise ValueError(
+            f"--recipe {recipe_name} is for --method {base.method}, not {name}. Drop one of the two flags."
+        )
     spec = method_spec(name)
+    base = base or preset(name)
     fields: list[Any] = [
-        ("options", Options, dataclasses.field(default=Options(method=name))),
-        ("train", TrainConfig, dataclasses.field(default=TrainConfig())),
-        ("method_config", type(spec.config), dataclasses.field(default=spec.config)),
-        ("optimizer", OptimizerConfig, dataclasses.field(default=spec.optimizer)),
-        ("data", DataConfig, dataclasses.field(default=DataConfig())),
+        ("options", Options, dataclasses.field(default=Options(method=name, recipe=recipe_name))),
+        ("train", TrainConfig, dataclasses.field(default=base.train)),
+        ("method_config", type(spec.config), dataclasses.field(default=base.method_config)),
+        ("optimizer", OptimizerConfig, dataclasses.field(default=base.optimizer)),
+        ("data", DataConfig, dataclasses.field(default=base.data)),
     ]
     kind = dataclasses.make_dataclass("Pretrain", fields, frozen=True)
     epilogue = f"\nMethods: {', '.join(METHODS)}\n{name}: {spec.summary}"
+    if recipe_name:
+        epilogue += f"\n\n{recipe_name}: {describe_recipe(recipe_name)}"
     parsed: Any = flat_parse(kind, None, arguments, (__doc__ or "") + epilogue)
     config = PretrainConfig(name, parsed.method_config, parsed.optimizer, parsed.train, parsed.data)
     return parsed.options, config

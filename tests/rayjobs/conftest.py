@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from image_data.prepare import DataConfig, prepare
+from methods.backbones import LabBackbone
 
 
 def write_images(root: Path, num_classes: int = 18, per_class: int = 24, side: int = 32) -> Path:
@@ -55,9 +56,9 @@ class TinyBackbone(nn.Module):
 
     num_features = 16
 
-    def __init__(self) -> None:
+    def __init__(self, in_channels: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
         self.body = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
 
     @property
@@ -77,8 +78,8 @@ def tiny_backbone(monkeypatch):
     import rayjobs.checkpoint
     import rayjobs.train_loop
 
-    def build(*_, **__):
-        return TinyBackbone()
+    def build(*_, color_space="rgb", **__):
+        return TinyBackbone() if color_space == "rgb" else LabBackbone(TinyBackbone(1), TinyBackbone(2))
 
     monkeypatch.setattr(rayjobs.train_loop, "build_backbone", build)
     monkeypatch.setattr(rayjobs.checkpoint, "build_backbone", build)

@@ -23,13 +23,22 @@ from tests.rayjobs.conftest import PlainReporter
 pytestmark = pytest.mark.usefixtures("tiny_backbone")
 
 SETTINGS = TrainConfig(backbone="resnet18", image_size=16, batch_size=32, epochs=3, checkpoint_every=1, stem="imagenet")
-SMALL = {"queue_size": 64, "projector_dim": 16, "projector_hidden_dim": 32}
+SMALL = {
+    "queue_size": 64,
+    "projector_dim": 16,
+    "projector_hidden_dim": 32,
+    "predictor_hidden_dim": 32,
+    "num_negatives": 32,
+    "num_prototypes": 20,
+    "queue_start_epoch": 1,
+    "latent_dim": 16,
+}
 
 
 def make_config(method, data_config, **changes):
     config = preset(method, dataclasses.replace(SETTINGS, **changes), data_config)
     fields = {f.name for f in dataclasses.fields(config.method_config)}
-    return with_parameters(config, {k: v for k, v in SMALL.items() if k in fields})
+    return with_parameters(config, {"warmup_epochs": 0} | {k: v for k, v in SMALL.items() if k in fields})
 
 
 def run(config, data, reporter, **arguments):
