@@ -22,6 +22,7 @@ from image_data.prepare import prepare
 from image_data.prepared import PreparedData
 from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, plain, quiet_libraries, user_errors
 from rayjobs.compare_config import CompareConfig, CompareSetup, compare_defaults, prepare_comparison
+from rayjobs.comparison import grouped_reasons
 from rayjobs.configs import from_dict
 from rayjobs.named_runs import (
     COMPARISON,
@@ -118,8 +119,8 @@ def _announce(setup: CompareSetup, console: Console) -> None:
         f"{', '.join(setup.base)}: {len(setup.base)} x {config.seeds} seeds = {count} runs, --epochs "
         f"{config.train.epochs}; and {len(setup.baselines) * config.seeds} untrained backbones. Judged on test data."
     )
-    for method, reason in setup.left_out.items():
-        console.print(f"[yellow]Left out: {method}.[/yellow] {reason}")
+    for methods, reason in grouped_reasons(setup.left_out):
+        console.print(f"[yellow]Left out, {methods}:[/yellow] {reason}")
 
 
 def _say_where(config: CompareConfig, console: Console) -> None:

@@ -12,7 +12,7 @@ from evaluation import TASKS
 from rayjobs.reports import mean_interval
 from rayjobs.transfer import TaskConfigs
 
-__all__ = ["Column", "best_metrics", "build_rows", "cell", "columns_of", "judged_metric", "notes_of"]
+__all__ = ["Column", "best_metrics", "build_rows", "cell", "columns_of", "grouped_reasons", "judged_metric", "notes_of"]
 
 PREFERRED = "few_shot/5way_5shot_acc"
 HEADINGS = {
@@ -138,6 +138,14 @@ def notes_of(mine: Cell | None, reference: Cell | None, sign: int) -> list[str]:
     if gap < -reach:
         return ["below random init"]
     return [] if gap > reach else ["not separated from random init"]
+
+
+def grouped_reasons(left_out: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Methods that were left out for the same reason together: (their names, the reason)."""
+    groups: dict[str, list[str]] = {}
+    for method, reason in left_out.items():
+        groups.setdefault(reason.removeprefix(method).strip(" :"), []).append(method)
+    return [(", ".join(methods), reason) for reason, methods in groups.items()]
 
 
 def best_metrics(rows: Sequence[Mapping[str, Any]], column: Column) -> set[str]:

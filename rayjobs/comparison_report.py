@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rayjobs.comparison import Column, best_metrics
+from rayjobs.comparison import Column, best_metrics, grouped_reasons
 from rayjobs.trial_log import metric_text
 from search_spaces.single_method import PUBLISHED
 
@@ -144,7 +144,7 @@ def _number(value: Any) -> str:
 
 def _not_in_the_table(results: Results) -> str:
     """Methods that could not run, and runs that failed, with the reason."""
-    lines = [f"- {name} was left out: {reason}" for name, reason in results["left_out"].items()]
+    lines = [f"- left out, {names}: {reason}" for names, reason in grouped_reasons(results["left_out"])]
     for run in results["runs"]:
         if run["outcome"] != "finished":
             lines.append(f"- {run['name']} {run['outcome']}: {run['error']}")

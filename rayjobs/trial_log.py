@@ -78,7 +78,7 @@ def collapse_text(metrics: Mapping[str, float]) -> str:
     return (
         "Collapsed: the features of all images are nearly the same "
         f"(feature_spread {metrics['feature_spread']:.2f}; healthy is about 1, collapsed below {COLLAPSED_SPREAD:g}). "
-        "Downstream tasks will hardly beat chance. Try a lower --learning-rate, more --warmup-epochs or a larger "
+        "It will transfer poorly. Try a lower --learning-rate, more --warmup-epochs or a larger "
         "--batch-size; if the method's own settings were changed, go back to its defaults."
     )
 

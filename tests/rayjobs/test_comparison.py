@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rayjobs.comparison import best_metrics, build_rows, cell, columns_of, judged_metric, notes_of
+from rayjobs.comparison import best_metrics, build_rows, cell, columns_of, grouped_reasons, judged_metric, notes_of
 from rayjobs.transfer import task_configs
 
 SHOT = "few_shot/5way_5shot_acc"
@@ -103,6 +103,11 @@ def test_rows_count_what_failed_and_average_what_finished():
     assert gone["cells"][SHOT] is None
     assert untrained["is_baseline"]
     assert best_metrics(rows, columns[1]) == {"good"}
+
+
+def test_methods_left_out_for_one_reason_share_a_line():
+    left_out = {"a": "a needs a map.", "b": "too small.", "c": "c needs a map."}
+    assert grouped_reasons(left_out) == [("a, c", "needs a map."), ("b", "too small.")]
 
 
 def test_ties_with_the_best_are_marked_by_their_intervals():
