@@ -164,6 +164,7 @@ class Tracker:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # pages per write; the spool says it once
         for name in ("alembic", "urllib3"):
             logging.getLogger(name).setLevel(logging.ERROR)
         self.uri = uri or default_tracking_uri()
