@@ -62,7 +62,7 @@ check: $(TESTING)
 	$(BIN)/pyright
 
 bench: $(TESTING)
-	@for script in benchmarks/*.py; do \
+	@for script in benchmarks/[a-z]*.py; do \
 		echo "# $$script" >&2; PYTHONPATH=. $(BIN)/python $$script $(ARGS) || exit 1; done
 
 COMPILE = $(UV) pip compile pyproject.toml --universal --python-version 3.11 --no-header --no-annotate --quiet --upgrade

@@ -1,22 +1,23 @@
-"""One optimiser step of MoCo v2 and SimSiam: ours against the same step built from lightly's modules.
+"""One optimiser step of every method: its share of backbone passes, and ours against the same step from lightly.
 
-Same backbone architecture, widths, queue, batch and optimiser on both sides; both run forward, backward, SGD and (MoCo)
-the momentum update and the queue write. Cases:
+Same backbone architecture, widths, queue, batch and optimiser (SGD) on both sides; both run forward, backward, SGD and
+what the method does after it. Cases:
 
-- `moco_v2`: without ShuffleBN, the work that lightly's modules do; `moco_v2 shuffled`: our default on one device, with
-  BatchNorm groups and shuffled keys, which lightly's modules do not have;
-- `simsiam`;
-- fp32 against lightly in fp32, and bf16 autocast against lightly in fp32 (goal) and in bf16 autocast (for information);
+- every method of ``METHODS``; `moco_v2` without ShuffleBN, the work that lightly's modules do, and `moco_v2 shuffled`,
+  our default on one device, with BatchNorm groups and shuffled keys, which lightly's modules do not have;
 - `share of backbone`: time of the backbone passes that the method cannot avoid (same precision, channels_last), over
-  the time of our step.
+  the time of our step; decoders (VAE) and heads are not part of the floor;
+- against lightly where it has the method: fp32 against lightly in fp32, and bf16 autocast against lightly in fp32
+  (goal) and in bf16 autocast (for information).
 
 On a CPU: one thread, CPU seconds. On a GPU: wall seconds, also images per second. Sides alternate within each round,
 median of the per-round ratios; compilation and the first step are left out.
 
-    python benchmarks/method_step.py [--quick]
+    python benchmarks/method_step.py [--quick] [--methods moco_v2 byol]
     python benchmarks/method_step.py --device cuda --backbone resnet50 --image-size 224 --batch-size 256
 
-Goals: 1.1 in fp32; 1.9 in bf16 on hardware with native bf16; 0.9 of the time in the backbone.
+Goals: 1.0 against lightly in fp32 (MoCo v2 and SimSiam 1.1), 1.5 in bf16 (1.9) on hardware with native bf16; 0.9 of
+the time in the backbone.
 """
 
 from __future__ import annotations
@@ -27,120 +28,106 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
-from lightly.loss import NegativeCosineSimilarity, NTXentLoss
-from lightly.models.modules import MoCoProjectionHead, SimSiamPredictionHead, SimSiamProjectionHead
-from lightly.models.utils import deactivate_requires_grad, update_momentum
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks._lightly_steps import LIGHTLY, lightly_modules
+from image_data import RECIPES
 from methods import METHODS, Batch, MethodContext, Progress
 from methods.backbones import build_backbone
-from methods.optimizers import build_optimizer, set_learning_rate
+from methods.optimizers import OptimizerConfig, build_optimizer
 
 Step = Callable[[], None]
-GOALS = {"fp32": 1.1, "bf16": 1.9, "share": 0.9}
-TOTAL_STEPS = 1000
+GOALS = {"fp32": 1.0, "bf16": 1.5, "share": 0.9}
+HIGHER_GOALS = {("moco_v2", "fp32"): 1.1, ("simsiam", "fp32"): 1.1, ("moco_v2", "bf16"): 1.9, ("simsiam", "bf16"): 1.9}
 LEARNING_RATE = 0.03
-OUR_METHODS = {"moco_v2": "moco_v2", "moco_v2 shuffled": "moco_v2", "simsiam": "simsiam"}
+NUM_CLASSES = 10
+SHUFFLED = "moco_v2 shuffled"
+# Sets of views that take a pass of their own: (first view, number of views in one batch, with gradient).
+_TWO = ((0, 2, True),)
+_KEYS = ((0, 1, True), (1, 1, False))
+_PAIR = ((0, 1, True), (1, 1, True))
+_HIDDEN = ((0, 1, True), (0, 1, True))  # CAMtrast: x and x'
+FLOORS: dict[str, tuple[tuple[int, int, bool], ...]] = {
+    "moco_v1": _KEYS,
+    "moco_v2": _KEYS,
+    "exemplar_v1": _KEYS,
+    "exemplar_v2": _KEYS,
+    "simclr": _TWO,
+    "supcon": _TWO,
+    "amdim": _TWO,
+    "simsiam": _PAIR,
+    "byol": (*_PAIR, (0, 1, False), (1, 1, False)),
+    "swav": ((0, 2, True), (2, 6, True)),
+    "camtrast_moco": (*_HIDDEN, (0, 1, False)),
+    "camtrast_contrast_only_moco": ((0, 1, True), (0, 1, False)),
+    "camtrast_simsiam": _HIDDEN,
+    "camtrast_cam_only": _HIDDEN,
+    "camtrast_contrast_only_simsiam": _HIDDEN,
+    "camtrast_code": _HIDDEN,
+}
+ONE_PASS = ((0, 1, True),)
 
 
 def _autocast(args: argparse.Namespace, precision: str) -> torch.autocast:
     return torch.autocast(args.device, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def _views(args: argparse.Namespace, channels_last: bool) -> list[Tensor]:
+def _views(args: argparse.Namespace, method: str, channels_last: bool) -> list[Tensor]:
+    """As many random views as the method takes, in their sizes."""
     generator = torch.Generator().manual_seed(0)
-    shape = (args.batch_size, 3, args.image_size, args.image_size)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return [torch.randn(shape, generator=generator).to(args.device, memory_format=layout) for _ in range(2)]
+    sides = [RECIPES[name].side(args.image_size) for name in METHODS[method].views]
+    shapes = [(args.batch_size, 3, side, side) for side in sides]
+    return [torch.randn(shape, generator=generator).to(args.device, memory_format=layout) for shape in shapes]
 
 
 def our_step(args: argparse.Namespace, case: str, precision: str) -> Step:
     """A training step as the train loop does it."""
-    spec = METHODS[OUR_METHODS[case]]
-    config = spec.config
-    if "moco" in case:
-        config = replace(config, queue_size=args.queue_size, shuffle_bn="shuffled" in case)
-    context = MethodContext(10, 10 * args.queue_size, args.batch_size, 1, args.image_size)
+    name = case.split()[0]
+    spec = METHODS[name]
+    changes: dict[str, Any] = {"queue_size": args.queue_size, "queue_start_epoch": 0, "cam_warmup_epochs": 0}
+    changes |= {"shuffle_bn": case == SHUFFLED} if name == "moco_v2" else {}
+    known = {f.name for f in fields(spec.config)}
+    config = replace(spec.config, **{key: value for key, value in changes.items() if key in known})
+    if name == "swav":
+        config = replace(config, queue_size=0)  # lightly's step has none
+    images = max(10 * args.queue_size, args.batch_size)
+    context = MethodContext(NUM_CLASSES, images, args.batch_size, 1, args.image_size)
     torch.manual_seed(0)
-    method = spec.method(config, build_backbone(args.backbone, "imagenet", spec.zero_init_residual), context)
+    backbone = build_backbone(args.backbone, "imagenet", spec.zero_init_residual, spec.color_space)
+    method = spec.method(config, backbone, context)
     method = method.to(args.device, memory_format=torch.channels_last).train()
-    optimizer = build_optimizer(method, spec.optimizer, 256)
-    batch = Batch(
-        _views(args, channels_last=True),
-        torch.zeros(args.batch_size, dtype=torch.int64, device=args.device),
-        torch.arange(args.batch_size, device=args.device),
-    )
-    progress = Progress(0, TOTAL_STEPS, 0, 1)
+    optimizer = build_optimizer(method, OptimizerConfig(learning_rate=LEARNING_RATE), 256)
+    labels = torch.arange(args.batch_size, device=args.device)
+    batch = Batch(_views(args, name, channels_last=True), labels % NUM_CLASSES, labels)
+    progress = Progress(step=500, total_steps=1000, epoch=5, total_epochs=10)
+    phases = getattr(method, "num_phases", lambda _: 1)(progress)
 
     def step() -> None:
-        set_learning_rate(optimizer, LEARNING_RATE)
-        optimizer.zero_grad(set_to_none=True)
-        with _autocast(args, precision):
-            loss = method(batch, progress).loss
-        loss.backward()
-        optimizer.step()
+        for phase in range(phases):
+            optimizer.zero_grad(set_to_none=True)
+            with _autocast(args, precision):
+                loss = method(batch, replace(progress, phase=phase)).loss
+            loss.backward()
+            optimizer.step()
         method.after_step(progress)
 
     return step
 
 
-def _torchvision_backbone(args: argparse.Namespace) -> tuple[nn.Module, int]:
-    backbone = getattr(torchvision.models, args.backbone)()
-    width = backbone.fc.in_features
-    backbone.fc = nn.Identity()
-    return backbone.to(args.device).train(), width
-
-
-def _lightly_moco(args: argparse.Namespace) -> tuple[list[nn.Module], Callable[[list[Tensor]], Tensor]]:
-    """MoCo v2 as in lightly's documentation."""
-    (backbone, width), (backbone_m, _) = _torchvision_backbone(args), _torchvision_backbone(args)
-    head = MoCoProjectionHead(width, width, 128).to(args.device)
-    head_m = MoCoProjectionHead(width, width, 128).to(args.device)
-    deactivate_requires_grad(backbone_m)
-    deactivate_requires_grad(head_m)
-    criterion = NTXentLoss(temperature=0.2, memory_bank_size=(args.queue_size, 128)).to(args.device)
-
-    def loss(views: list[Tensor]) -> Tensor:
-        update_momentum(backbone, backbone_m, m=0.999)
-        update_momentum(head, head_m, m=0.999)
-        query = head(backbone(views[0]))
-        with torch.no_grad():
-            key = head_m(backbone_m(views[1]))
-        return criterion(query, key)
-
-    return [backbone, head], loss
-
-
-def _lightly_simsiam(args: argparse.Namespace) -> tuple[list[nn.Module], Callable[[list[Tensor]], Tensor]]:
-    """SimSiam as in lightly's documentation, with the widths of ours."""
-    backbone, width = _torchvision_backbone(args)
-    projector = SimSiamProjectionHead(width, width, 2048).to(args.device)
-    predictor = SimSiamPredictionHead(2048, 512, 2048).to(args.device)
-    criterion = NegativeCosineSimilarity()
-
-    def loss(views: list[Tensor]) -> Tensor:
-        z_1, z_2 = (projector(backbone(view)) for view in views)
-        p_1, p_2 = predictor(z_1), predictor(z_2)
-        return 0.5 * (criterion(p_1, z_2.detach()) + criterion(p_2, z_1.detach()))
-
-    return [backbone, projector, predictor], loss
-
-
 def lightly_step(args: argparse.Namespace, case: str, precision: str) -> Step:
     """A training step from lightly's modules, in torch's default memory format."""
-    torch.manual_seed(0)
-    modules, loss_fn = _lightly_moco(args) if "moco" in case else _lightly_simsiam(args)
+    modules, loss_fn = lightly_modules(args, case.split()[0])
     parameters = [p for module in modules for p in module.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
-    views = _views(args, channels_last=False)
+    views = _views(args, case.split()[0], channels_last=False)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -153,21 +140,26 @@ def lightly_step(args: argparse.Namespace, case: str, precision: str) -> Step:
 
 
 def backbone_step(args: argparse.Namespace, case: str, precision: str) -> Step:
-    """The passes no implementation avoids: MoCo trains one view and encodes the other, SimSiam trains both."""
-    backbone = build_backbone(args.backbone, "imagenet").to(args.device, memory_format=torch.channels_last).train()
-    views = _views(args, channels_last=True)
+    """The passes over the backbone that no implementation of the method avoids."""
+    name = case.split()[0]
+    backbone = build_backbone(args.backbone, "imagenet", color_space=METHODS[name].color_space)
+    backbone = backbone.to(args.device, memory_format=torch.channels_last).train()
+    views = _views(args, name, channels_last=True)
+    if name == "rotation":
+        views = [views[0].repeat(4, 1, 1, 1).contiguous(memory_format=torch.channels_last)]
 
     def step() -> None:
         for p in backbone.parameters():
             p.grad = None
+        trained = []
         with _autocast(args, precision):
-            outputs = [backbone(views[0])]
-            if "moco" in case:
-                with torch.no_grad():
-                    backbone(views[1])
-            else:
-                outputs.append(backbone(views[1]))
-        sum(output.float().sum() for output in outputs).backward()  # type: ignore[union-attr]
+            for first, count, with_gradient in FLOORS.get(name, ONE_PASS):
+                x = torch.cat(views[first : first + count]) if count > 1 else views[first]
+                with torch.set_grad_enabled(with_gradient):
+                    trained += [backbone(x)] if with_gradient else []
+                    if not with_gradient:
+                        backbone(x)
+        sum(output.float().sum() for output in trained).backward()  # type: ignore[union-attr]
 
     return step
 
@@ -215,9 +207,12 @@ def run_case(args: argparse.Namespace, case: str, precision: str) -> None:
         "native_bf16": has_native_bf16(args.device),
     }
     ours = our_step(args, case, precision)
-    sides = {f"{case} {precision} vs lightly fp32": (lightly_step(args, case, "fp32"), GOALS[precision])}
-    if precision == "bf16":
-        sides[f"{case} bf16 vs lightly bf16"] = (lightly_step(args, case, "bf16"), None)
+    sides: dict[str, tuple[Step, float | None]] = {}
+    if case.split()[0] in LIGHTLY:
+        goal = HIGHER_GOALS.get((case.split()[0], precision), GOALS[precision])
+        sides[f"{case} {precision} vs lightly fp32"] = (lightly_step(args, case, "fp32"), goal)
+        if precision == "bf16":
+            sides[f"{case} bf16 vs lightly bf16"] = (lightly_step(args, case, "bf16"), None)
     sides[f"{case} {precision} share of backbone"] = (backbone_step(args, case, precision), GOALS["share"])
     for name, (other, goal) in sides.items():
         result: dict[str, Any] = {**record, "case": name, **compare(args, ours, other), "goal": goal}
@@ -234,7 +229,8 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--queue-size", type=int, default=65536)
-    parser.add_argument("--cases", nargs="+", choices=list(OUR_METHODS), default=list(OUR_METHODS))
+    cases = [*METHODS, SHUFFLED]
+    parser.add_argument("--methods", nargs="+", choices=cases, default=cases)
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], help="default: bf16 only where native")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=1, help="steps per round and side")
@@ -248,7 +244,7 @@ def main() -> None:
             print("bf16 left out: this device emulates it, up to a minute per step.", file=sys.stderr)
     torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = True
-    for case in args.cases:
+    for case in args.methods:
         for precision in args.precisions:
             run_case(args, case, precision)
 
