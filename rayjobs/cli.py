@@ -41,6 +41,12 @@ def flat(kind: Any) -> Any:
     return Annotated[kind, tyro.conf.arg(name="")]
 
 
+def _with_lines(description: str) -> str:
+    """Lines that show commands stay lines: tyro joins all but paragraphs."""
+    paragraphs = description.split("\n\n")
+    return "\n\n".join(p.strip().replace("\n", "\n\n") if "rayjobs/" in p else p for p in paragraphs)
+
+
 def flat_parse(kind: type[T], default: T | None, argv: Sequence[str] | None, description: str) -> T:
     """Flags from a dataclass whose direct dataclass fields become groups without a prefix.
 
@@ -57,7 +63,8 @@ def flat_parse(kind: type[T], default: T | None, argv: Sequence[str] | None, des
     shown = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
     shown.__doc__ = kind.__doc__
     arguments = sys.argv[1:] if argv is None else list(argv)
-    parsed: Any = tyro.cli(shown, args=arguments, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    text = _with_lines(description)
+    parsed: Any = tyro.cli(shown, args=arguments, description=text, config=(tyro.conf.FlagCreatePairsOff,))
     return kind(**{name: getattr(parsed, name) for name, *_ in fields})
 
 

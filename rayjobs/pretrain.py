@@ -105,7 +105,7 @@ def _parse(arguments: list[str]) -> tuple[Options, PretrainConfig]:
         ("data", DataConfig, dataclasses.field(default=base.data)),
     ]
     kind = dataclasses.make_dataclass("Pretrain", fields, frozen=True)
-    epilogue = f"\nMethods: {', '.join(METHODS)}\n{name}: {spec.summary}"
+    epilogue = f"\n\nMethods: {', '.join(METHODS)}\n\n{name}: {spec.summary}"
     if recipe_name:
         epilogue += f"\n\n{recipe_name}: {describe_recipe(recipe_name)}"
     parsed: Any = flat_parse(kind, None, arguments, (__doc__ or "") + epilogue)

@@ -29,6 +29,7 @@ from rayjobs.named_runs import (
     state_folder,
 )
 from rayjobs.sweep_config import SweepConfig, prepare_sweep, sweep_defaults
+from search_spaces import search_space
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     config = flat_parse(SweepConfig, sweep_defaults(), argv, __doc__ or "")
     with user_errors():
         config = _named(config)
+        search_space(config.space)  # an unknown one is an error before the images are prepared
         console.print(f"[bold]Sweep {config.name}[/bold]")
         data = prepare(config.data, log=plain(console))
         setup = prepare_sweep(config, data)
