@@ -30,6 +30,7 @@ from methods.contracts import Batch, MethodContext, Progress, StepOutput
 from methods.optimizers import build_optimizer, learning_rate, set_learning_rate
 from rayjobs.checkpoint import load_config, load_state, save_checkpoint
 from rayjobs.configs import PretrainConfig, config_hash, resolve_stem
+from rayjobs.meter import Meter
 
 __all__ = [
     "Reporter",
@@ -42,8 +43,6 @@ __all__ = [
     "train",
 ]
 
-CURVE_POINTS_PER_EPOCH = 10
-FIRST_PROGRESS_SECONDS, PROGRESS_SECONDS = 2.0, 10.0  # within an epoch
 GPU_CHECK_EVERY = 50  # steps between looks at the loss on a GPU, where each look waits for the device
 
 
@@ -258,7 +257,7 @@ def _probed(training: _Training, probe: Probe, epoch: int) -> dict[str, float]:
 
 def _run_epoch(training: _Training, stream: Stream, epoch: int, reporter: Reporter) -> dict[str, Any]:
     """One pass over the stream; returns the epoch's metrics."""
-    meter = _Meter(training.steps_per_epoch, training.worker.device)
+    meter = Meter(training.steps_per_epoch, training.worker.device)
     waited_before, began = stream.wait_seconds, time.perf_counter()
     for i, batch in enumerate(stream.epoch(epoch)):
         step = epoch * training.steps_per_epoch + i
@@ -363,42 +362,3 @@ def _check(training: _Training, loss: Tensor, step: int, is_last: bool) -> None:
             f"The loss of {training.config.method} became NaN or infinite in step {bad} (epoch {epoch}). "
             "Lower --learning-rate, raise --warmup-epochs, or use --precision fp32."
         )
-
-
-class _Meter:
-    """Sums on the device; the host reads them once an epoch (and for the progress line every few seconds)."""
-
-    def __init__(self, steps: int, device: torch.device) -> None:
-        self.count = 0
-        self._device = device
-        self._every = max(1, steps // CURVE_POINTS_PER_EPOCH)
-        self._points: list[tuple[int, Tensor, float]] = []
-        self._sums: dict[str, Tensor] = {}
-        self._due = time.perf_counter() + FIRST_PROGRESS_SECONDS
-
-    def add(self, step: int, loss: Tensor, metrics: dict[str, Tensor], lr: float) -> None:
-        self.count += 1
-        for name, value in {"loss": loss, **metrics}.items():
-            self._sums[name] = self._sums.get(name, 0) + value
-        if self.count % self._every == 0:
-            self._points.append((step + 1, loss, lr))
-
-    def is_due(self) -> bool:
-        if time.perf_counter() < self._due:
-            return False
-        self._due = time.perf_counter() + PROGRESS_SECONDS
-        return True
-
-    def means(self) -> dict[str, float]:
-        """Means over the epoch and over all workers."""
-        names = sorted(self._sums)
-        values = torch.stack([torch.as_tensor(self._sums[n], device=self._device).float() for n in names])
-        means = (all_reduce_mean(values) / self.count).tolist()
-        return dict(zip(names, means, strict=True))
-
-    def curve(self) -> list[list[float]]:
-        """[[step, loss, learning rate], ...] of this worker."""
-        if not self._points:
-            return []
-        losses = torch.stack([loss for _, loss, _ in self._points]).tolist()
-        return [[step, loss, lr] for (step, _, lr), loss in zip(self._points, losses, strict=True)]
