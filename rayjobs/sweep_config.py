@@ -41,7 +41,7 @@ class SweepConfig:
 
     space: str = "transfer"
     methods: tuple[str, ...] = ()
-    num_trials: int = 10
+    num_trials: int = 18
     objective: str = ""
     tasks: tuple[str, ...] = ()
     prune: bool = True
