@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from methods.contracts import MethodContext
 
-__all__ = ["head_dim", "mlp_head", "validate_head_batch"]
+__all__ = ["head_dim", "mlp_head", "validate_head_batch", "validate_projector"]
 
 
 def head_dim(in_dim: int, out_dim: int, depth: int) -> int:
@@ -85,4 +85,19 @@ def validate_head_batch(context: MethodContext, sync_batchnorm: bool) -> None:
             f"BatchNorm in the head would see {images} image per forward pass (global batch "
             f"{context.global_batch_size}, {context.world_size} workers, {context.num_micro_steps} micro-steps); it "
             "needs at least 2. Use a larger batch, fewer workers or fewer micro-steps."
+        )
+
+
+def validate_projector(config: Any, method: str) -> None:
+    """Raises ``ValueError`` for a depth or width that ``mlp_head`` cannot build.
+
+    Args:
+        config: has projector_depth, projector_hidden_dim (None = the feature width) and projector_dim.
+        method: name for the message.
+    """
+    hidden = config.projector_hidden_dim
+    if config.projector_depth < 0 or min(config.projector_dim, 1 if hidden is None else hidden) < 1:
+        raise ValueError(
+            f"{method} got projector_depth={config.projector_depth}, projector_hidden_dim={hidden}, "
+            f"projector_dim={config.projector_dim}; the depth must be at least 0 and the widths at least 1."
         )

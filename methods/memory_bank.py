@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from methods.collectives import all_gather_concat, all_reduce_mean, rank
 from methods.contracts import MethodContext, Progress
+from methods.heads import validate_projector
 from methods.losses import log_sum_exp
 from methods.random_numbers import random_integers
 
@@ -167,11 +168,6 @@ def validate_bank(config: Any, context: MethodContext, method: str) -> None:
             f"{method} got num_negatives={config.num_negatives}; it must be at least 1, or use loss='softmax', which "
             "compares with every image."
         )
-    hidden = config.projector_hidden_dim
-    if config.projector_depth < 0 or min(config.projector_dim, 1 if hidden is None else hidden) < 1:
-        raise ValueError(
-            f"{method} got projector_depth={config.projector_depth}, projector_hidden_dim={hidden}, "
-            f"projector_dim={config.projector_dim}; the depth must be at least 0 and the widths at least 1."
-        )
+    validate_projector(config, method)
     if context.num_images < 2:
         raise ValueError(f"{method} tells images apart, but the pretraining data has {context.num_images} image(s).")

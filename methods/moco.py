@@ -19,7 +19,7 @@ from torch import nn
 
 from methods.batchnorm import convert_batchnorm
 from methods.contracts import Batch, MethodContext, Progress, StepOutput
-from methods.heads import head_dim, mlp_head
+from methods.heads import head_dim, mlp_head, validate_projector
 from methods.losses import contrast
 from methods.momentum_encoder import KeyEncoder, resolve_bn_splits, unit_vectors
 from methods.monitors import contrast_monitors
@@ -78,16 +78,11 @@ class MoCoConfig:
 
 def validate_momentum_contrast(config: Any, context: MethodContext, method: str) -> None:
     """Raises ``ValueError`` for values of the fields of ``MoCoConfig`` that cannot be built or trained."""
-    hidden = config.projector_hidden_dim
     if not config.temperature > 0:
         raise ValueError(f"{method} got temperature={config.temperature}; it must be above 0 (papers: 0.07 to 0.2).")
     if not 0 <= config.momentum < 1:
         raise ValueError(f"{method} got momentum={config.momentum}; it must be in [0, 1) (papers: 0.999).")
-    if config.projector_depth < 0 or min(config.projector_dim, 1 if hidden is None else hidden) < 1:
-        raise ValueError(
-            f"{method} got projector_depth={config.projector_depth}, projector_hidden_dim={hidden}, "
-            f"projector_dim={config.projector_dim}; the depth must be at least 0 and the widths at least 1."
-        )
+    validate_projector(config, method)
     validate_queue_size(config.queue_size, context)
     num_splits = resolve_bn_splits(config.bn_splits, config.shuffle_bn, context)
     if config.shuffle_bn and num_splits * context.world_size == 1:

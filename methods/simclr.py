@@ -19,7 +19,7 @@ from torch import nn
 
 from methods.batchnorm import convert_batchnorm
 from methods.contracts import Batch, MethodContext, Progress, StepOutput
-from methods.heads import mlp_head, validate_head_batch
+from methods.heads import mlp_head, validate_head_batch, validate_projector
 from methods.momentum_encoder import unit_vectors
 from methods.monitors import contrast_monitors
 from methods.optimizers import OptimizerConfig
@@ -55,14 +55,9 @@ class SimCLRConfig:
 
 def validate_in_batch_contrast(config: Any, context: MethodContext, method: str) -> None:
     """Raises ``ValueError`` for a temperature or head that cannot train; warns of gradient accumulation."""
-    hidden = config.projector_hidden_dim
     if not config.temperature > 0:
         raise ValueError(f"{method} got temperature={config.temperature}; it must be above 0 (papers: 0.07 to 0.5).")
-    if config.projector_depth < 0 or min(config.projector_dim, 1 if hidden is None else hidden) < 1:
-        raise ValueError(
-            f"{method} got projector_depth={config.projector_depth}, projector_hidden_dim={hidden}, "
-            f"projector_dim={config.projector_dim}; the depth must be at least 0 and the widths at least 1."
-        )
+    validate_projector(config, method)
     validate_head_batch(context, config.sync_batchnorm)
     if context.num_micro_steps > 1:
         images = context.global_batch_size // context.num_micro_steps

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from methods.batchnorm import convert_batchnorm
 from methods.collectives import all_reduce_mean, rank, world_size
 from methods.contracts import Batch, MethodContext, Progress, StepOutput
-from methods.heads import head_dim, mlp_head, validate_head_batch
+from methods.heads import head_dim, mlp_head, validate_head_batch, validate_projector
 from methods.momentum_encoder import unit_vectors
 from methods.monitors import contrast_monitors
 from methods.optimizers import OptimizerConfig
@@ -126,12 +126,7 @@ class Swav(nn.Module):
         for name in ("temperature", "epsilon"):
             if not getattr(config, name) > 0:
                 raise ValueError(f"swav got {name}={getattr(config, name)}; it must be above 0.")
-        hidden = config.projector_hidden_dim
-        if config.projector_depth < 0 or min(config.projector_dim, 1 if hidden is None else hidden) < 1:
-            raise ValueError(
-                f"swav got projector_depth={config.projector_depth}, projector_hidden_dim={hidden}, "
-                f"projector_dim={config.projector_dim}; the depth must be at least 0 and the widths at least 1."
-            )
+        validate_projector(config, "swav")
         if config.num_prototypes < 2 or config.sinkhorn_iterations < 1:
             raise ValueError(
                 f"swav got num_prototypes={config.num_prototypes}, sinkhorn_iterations={config.sinkhorn_iterations}; "
