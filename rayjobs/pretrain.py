@@ -22,7 +22,7 @@ from image_data.prepare import DataConfig, prepare
 from image_data.prepared import PreparedData
 from methods import METHODS, method_spec
 from methods.monitors import is_collapsed
-from methods.optimizers import OptimizerConfig
+from methods.optimizers import OptimizerConfig, learning_rate
 from rayjobs.capacity import Placement, placement
 from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, option_value, plain, quiet_libraries, user_errors
 from rayjobs.configs import PretrainConfig, TrainConfig, preset
@@ -120,6 +120,8 @@ def _check(config: PretrainConfig, data: PreparedData) -> None:
     if config.train.epochs:
         context = method_context(config, len(info.class_names), info.num_images)
         METHODS[config.method].method.validate(config.method_config, context)
+        steps = info.num_images // config.train.batch_size
+        learning_rate(config.optimizer, config.train.batch_size, 0, steps * config.train.epochs, steps)
 
 
 def _check_target(options: Options, target: str, config: PretrainConfig) -> bool:

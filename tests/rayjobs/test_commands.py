@@ -70,6 +70,20 @@ def test_queue_not_a_multiple_of_the_batch(capsys, image_folder):
     fails(capsys, pretrain, arguments, "100", "multiple")
 
 
+def test_a_published_warmup_longer_than_the_run(capsys, image_folder):
+    arguments = ["--method", "byol", "--epochs", "5", "--batch-size", "32", *folder(image_folder)]
+    fails(capsys, pretrain, arguments, "warmup_epochs=10", "5 epochs")
+
+
+def test_views_that_do_not_fit_the_method(capsys, image_folder):
+    common = ["--batch-size", "32", *folder(image_folder)]
+    fails(capsys, pretrain, ["--method", "cmc", "--views", "simclr", *common], "lab", "cmc")
+    fails(capsys, pretrain, ["--method", "simsiam", "--views", "cmc", "cmc", *common], "to_lab", "moco_v2")
+    fails(capsys, pretrain, ["--method", "simsiam", "--views", "light", *common], "2 view(s)", "--views light light")
+    augmented = ["--method", "camtrast_contrast_only_moco", "--second-view", "augmented"]
+    fails(capsys, pretrain, [*augmented, *common], "2 view(s)", "--views light light")
+
+
 def test_batch_larger_than_the_data(capsys, image_folder):
     fails(
         capsys, pretrain, ["--method", "supervised", "--batch-size", "4096", *folder(image_folder)], "4096", "at most"
