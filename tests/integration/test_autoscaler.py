@@ -28,7 +28,8 @@ except ValueError as error:
 
 import ray
 
-@ray.remote
+# These nodes share one machine and so one session folder: one may look for the code while another still unpacks it.
+@ray.remote(max_retries=5, retry_exceptions=[ModuleNotFoundError])
 def where(role):
     import rayjobs  # the code has arrived on the new node
     return role, ray.get_runtime_context().get_node_id()
