@@ -86,8 +86,7 @@ def _heading(name: str) -> str:
 
 def _parameters(trial: Mapping[str, Any]) -> str:
     values = trial["sampled"]
-    short = {"temperature": "tau", "queue_size": "K", "projector_depth": "depth", "learning_rate": "lr"}
-    shown = {short.get(k, "warm-up"): values[k] for k in SHOWN if k in values}
+    shown = {SHOWN[k]: values[k] for k in SHOWN if k in values}
     text = " ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
     return f"{text} [yellow]collapsed[/yellow]".strip() if trial.get("collapsed") else text
 
