@@ -15,7 +15,15 @@ from evaluation import TASKS
 
 __all__ = ["mean_interval", "print_report", "save_plots"]
 
-SHOWN = ("temperature", "queue_size", "projector_depth", "learning_rate", "warmup_epochs")
+# Hyperparameters in the table of trials, by the short name that stands there.
+SHOWN = {
+    "temperature": "tau",
+    "queue_size": "K",
+    "momentum": "m",
+    "projector_depth": "depth",
+    "learning_rate": "lr",
+    "warmup_epochs": "warm-up",
+}
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -86,7 +94,7 @@ def _heading(name: str) -> str:
 
 def _parameters(trial: Mapping[str, Any]) -> str:
     values = trial["sampled"]
-    shown = {SHOWN[k]: values[k] for k in SHOWN if k in values}
+    shown = {short: values[k] for k, short in SHOWN.items() if k in values}
     text = " ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
     return f"{text} [yellow]collapsed[/yellow]".strip() if trial.get("collapsed") else text
 
