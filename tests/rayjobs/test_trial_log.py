@@ -176,3 +176,11 @@ def test_names_of_runs(data):
     assert run_name(plan, trained, 3) == "simsiam-03"
     assert run_name(plan, untrained, 3) == "random_init-03"
     assert run_name(make_plan(data, named_by_seed=True), trained, 3) == "simsiam-seed7"
+
+
+def test_the_trial_table_names_hyperparameters_shortly():
+    from rayjobs.reports import _parameters
+
+    sampled = {"method": "moco_v2", "temperature": 0.2, "queue_size": 1024, "momentum": 0.999, "learning_rate": 0.0312}
+    assert _parameters({"sampled": sampled}) == "tau 0.2 K 1024 m 0.999 lr 0.0312"
+    assert _parameters({"sampled": {"warmup_epochs": 1}, "collapsed": True}) == "warm-up 1 [yellow]collapsed[/yellow]"
