@@ -70,7 +70,7 @@ FLOORS: dict[str, tuple[tuple[int, int, bool], ...]] = {
     "camtrast_simsiam": _HIDDEN,
     "camtrast_cam_only": _HIDDEN,
     "camtrast_contrast_only_simsiam": _HIDDEN,
-    "camtrast_code": _HIDDEN,
+    "camtrast_code": (*_HIDDEN, (0, 1, True)),  # the second step needs x again, with the moved weights
 }
 ONE_PASS = ((0, 1, True),)
 
