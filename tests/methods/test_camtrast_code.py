@@ -7,6 +7,7 @@ import pickle
 from dataclasses import replace
 from typing import Any
 
+import cv2
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,6 @@ def test_mask_is_scaled_then_upsampled(size):
 
 def test_mask_is_that_of_opencv():
     """``returnCAM_tensor``: minimum 0, maximum 255, ``cv2.resize``, / 255; ToTensor does not scale floats."""
-    cv2 = pytest.importorskip("cv2")
     maps = torch.randn(4, 3, 3)
     mask, _ = normalized_mask(maps, (84, 84), "scale_then_upsample")
     for b in range(4):

@@ -53,7 +53,6 @@ def test_a_method_that_cannot_run_is_left_out_unless_it_was_named(config, data):
         prepare_comparison(replace(coarse, methods=("supervised", "camtrast_moco")), data)
 
 
-@pytest.mark.skipif(not LAB, reason="no method with a backbone of its own kind")
 def test_methods_with_another_backbone_have_another_baseline(config, data):
     only = prepare_comparison(replace(config, methods=(LAB[0],)), data)
     assert list(only.baselines) == [LAB[0]]
