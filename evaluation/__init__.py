@@ -1,20 +1,43 @@
 """Downstream tasks and analyses: one file each, listed in ``TASKS``.
 
-A task is a frozen config dataclass and five functions of it: ``evaluate`` yields the metrics, ``protocol`` states as
-data how they are computed, ``splits`` names the splits that are read, ``check`` refuses impossible options and data
-before any long work, ``metric_names`` lists the main metrics. To add one, write the file and one row here.
+A task is a frozen config dataclass and five functions of it: ``evaluate`` yields metrics, files and samples,
+``protocol`` states as data how they are computed, ``splits`` names the splits that are read, ``check`` refuses
+impossible options and data before any long work, ``metric_names`` lists the main metrics. A sixth, ``compare``, may put
+several models beside each other. To add one, write the file and one row here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from evaluation import entropy, few_shot, knn, linear, uniformity
-from evaluation.metric import ClassCounts, EvaluationContext, Features, Metric, Phase
+from evaluation.metric import (
+    Artifact,
+    ClassCounts,
+    EvaluationContext,
+    Features,
+    Metric,
+    ModelResult,
+    Output,
+    Phase,
+    Samples,
+)
 
-__all__ = ["TASKS", "ClassCounts", "EvaluationContext", "Features", "Metric", "Phase", "TaskSpec"]
+__all__ = [
+    "TASKS",
+    "Artifact",
+    "ClassCounts",
+    "EvaluationContext",
+    "Features",
+    "Metric",
+    "ModelResult",
+    "Output",
+    "Phase",
+    "Samples",
+    "TaskSpec",
+]
 
 
 @dataclass(frozen=True)
@@ -24,24 +47,29 @@ class TaskSpec:
     Attributes:
         name: first part of the metric names.
         config: the default config, an instance of the task's frozen dataclass.
-        evaluate: ``(config, context)`` -> the metrics.
+        evaluate: ``(config, context)`` -> metrics, files and samples.
         protocol: ``(config, phase)`` -> JSON data that is stored with the metrics.
         splits: ``(config, phase)`` -> the splits that ``evaluate`` reads.
         check: ``(config, phase, class_counts)`` raises ValueError for impossible options or data.
         metric_names: ``config`` -> the main metrics, those that can be an objective.
         summary: one line for help texts and tables.
-        direction: which way the main metrics are better.
+        direction: which way the main metrics are better; "none" for analyses that describe features.
+        needs: "features" alone, or also the "backbone" with images and augmented views.
+        compare: ``(config, models)`` -> metrics and files of two or more models together; None where there is nothing
+            to add to a table.
     """
 
     name: str
     config: Any
-    evaluate: Callable[[Any, EvaluationContext], Iterator[Metric]]
+    evaluate: Callable[[Any, EvaluationContext], Iterator[Output]]
     protocol: Callable[[Any, Phase], dict]
     splits: Callable[[Any, Phase], tuple[str, ...]]
     check: Callable[[Any, Phase, ClassCounts], None]
     metric_names: Callable[[Any], tuple[str, ...]]
     summary: str
-    direction: Literal["max", "min"] = "max"
+    direction: Literal["max", "min", "none"] = "max"
+    needs: Literal["features", "backbone"] = "features"
+    compare: Callable[[Any, Sequence[ModelResult]], Iterator[Metric | Artifact]] | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -89,6 +117,7 @@ TASKS: dict[str, TaskSpec] = {
         check=entropy.check,
         metric_names=entropy.metric_names,
         summary="representation entropy H_R of the pretraining images",
+        direction="none",
     ),
     "uniformity": TaskSpec(
         name="uniformity",
@@ -99,5 +128,6 @@ TASKS: dict[str, TaskSpec] = {
         check=uniformity.check,
         metric_names=uniformity.metric_names,
         summary="uniformity of unit-length and of raw features over all pairs of pretraining images",
+        direction="none",
     ),
 }

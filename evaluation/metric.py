@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+from torch import nn
 
 __all__ = [
     "REPORT_SPLITS",
+    "Artifact",
     "ClassCounts",
     "EvaluationContext",
+    "FeatureBatch",
     "Features",
+    "ImageReader",
     "Metric",
+    "ModelResult",
+    "Output",
     "Phase",
+    "Samples",
+    "ViewFeatures",
     "accuracy_metric",
     "check_image_splits",
+    "check_split",
     "get_features",
     "l2_normalize",
     "mean_interval",
@@ -52,6 +61,52 @@ class Metric(NamedTuple):
     n: int | None = None
 
 
+class Artifact(NamedTuple):
+    """A file of one evaluation: a plot, a grid of images, a table.
+
+    Attributes:
+        name: ``<task>/<file>`` with extension, its path in the output folder and in MLflow.
+        data: the file's bytes.
+    """
+
+    name: str
+    data: bytes
+
+
+class Samples(NamedTuple):
+    """What stands behind a metric, one entry per task, image or class; models are compared by it entry by entry.
+
+    Attributes:
+        name: ``<task>/<quantity>``; where it belongs to one metric, that metric's name.
+        values: array of any shape; the first axis is the entries, in an order that all models share.
+    """
+
+    name: str
+    values: np.ndarray
+
+
+Output = Metric | Artifact | Samples  # what an evaluation yields
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One evaluated model, as a task's ``compare`` sees it.
+
+    Attributes:
+        name: shown in tables and plots; unique among the models that are compared.
+        method: name of the pretraining method; "random_init" for an untrained backbone.
+        num_classes: classes of the pretraining data.
+        metrics: by name, of all tasks.
+        samples: values by name, of all tasks.
+    """
+
+    name: str
+    method: str
+    num_classes: int
+    metrics: Mapping[str, Metric]
+    samples: Mapping[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class Features:
     """Frozen features of one split, rows in the order of the images' stable index.
@@ -74,6 +129,52 @@ class Features:
         return tuple(int(count) for count in np.bincount(self.labels, minlength=len(self.class_names)))
 
 
+class FeatureBatch(NamedTuple):
+    """Features of one augmented view of each image of a batch.
+
+    Attributes:
+        features: float32 (B, D).
+        labels: int64 (B,).
+        index: int64 (B,), stable id of the image in its split.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+
+
+class ViewFeatures(Protocol):
+    """One pass of the frozen backbone over augmented views of a split."""
+
+    def __call__(
+        self, split: str, recipe: str, *, epoch: int = 0, shuffle: bool = False, batch_size: int = 256
+    ) -> Iterator[FeatureBatch]:
+        """Every image once.
+
+        Args:
+            split: its name.
+            recipe: name of a view recipe in ``image_data.RECIPES`` that makes one view.
+            epoch: numbers the pass: another epoch draws other views (and, shuffled, another order).
+            shuffle: in random order; else by the images' index.
+            batch_size: images per batch; the last one may be smaller.
+        """
+        ...
+
+
+class ImageReader(Protocol):
+    """Chosen images of a split as the backbone sees them in evaluation."""
+
+    def __call__(self, split: str, rows: Sequence[int], image_size: int = 0) -> np.ndarray:
+        """RGB, uint8 (n, 3, S, S), resized and centre-cropped.
+
+        Args:
+            split: its name.
+            rows: rows of ``Features`` of the split, in any order; the images come in the same order.
+            image_size: S in pixels; 0 is the evaluation's own.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class EvaluationContext:
     """What an evaluation may ask for.
@@ -84,12 +185,31 @@ class EvaluationContext:
         phase: "val" while hyperparameters are still being chosen (test data is never touched), "test" for the report.
         seed: seed of task lists and solvers; the same for all models, so that comparisons are paired.
         device: torch device that the solvers of the frozen tasks run on.
+        backbone: the frozen backbone, on ``device``, for tasks that look inside it; None where only features are given.
+        view_features: passes over augmented views; None where only features are given.
+        images: pictures of chosen rows; None where only features are given.
+        domains: further data sets, by name, as split -> Features; splits "train" and "test".
+        info: what is known of the pretraining ("method", "num_classes", "labels_used": bool), for protocols and titles.
     """
 
     features: Callable[[str], Features]
     phase: Phase
     seed: int = 0
     device: str = "cpu"
+    backbone: nn.Module | None = None
+    view_features: ViewFeatures | None = None
+    images: ImageReader | None = None
+    domains: Mapping[str, Callable[[str], Features]] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_split(phase: Phase, split: str) -> None:
+    """ValueError when a phase may not read a split."""
+    if phase == "val" and split in REPORT_SPLITS:
+        raise ValueError(
+            f"split {split!r} was asked for in phase 'val'; while hyperparameters are being chosen only 'train', 'val' "
+            "and 'val_classes' may be read. Run the evaluation with phase='test' for the report."
+        )
 
 
 def get_features(context: EvaluationContext, split: str) -> Features:
@@ -102,11 +222,7 @@ def get_features(context: EvaluationContext, split: str) -> Features:
         RuntimeWarning: every feature vector is the same (a collapsed backbone). The metrics then stand at chance or at
             zero: a result that a sweep must see, so not an error.
     """
-    if context.phase == "val" and split in REPORT_SPLITS:
-        raise ValueError(
-            f"split {split!r} was asked for in phase 'val'; while hyperparameters are being chosen only 'train', 'val' "
-            "and 'val_classes' may be read. Run the evaluation with phase='test' for the report."
-        )
+    check_split(context.phase, split)
     found = context.features(split)
     x = found.features
     if x.ndim != 2 or found.labels.shape != (len(x),) or 0 in x.shape:
