@@ -1,8 +1,7 @@
 """Linear probe on cached features: how well one linear layer reads the classes off the frozen backbone.
 
-Named protocol "cached features", ours. It differs from MoCo's linear read-off (``facebookresearch/moco:
-main_lincls.py``: random crops while the probe trains, lr 30, steps at 60 and 80 of 100 epochs) in two stated ways. Each
-image has one feature vector, computed once, so the probe sees no augmentation. And the learning rate is chosen on
+Named protocol "cached features", ours. It differs from MoCo's linear read-off (``linear_readoff.py``: random crops while
+the probe trains, lr 30, steps at 60 and 80 of 100 epochs) in two stated ways. Each image has one feature vector, computed once, so the probe sees no augmentation. And the learning rate is chosen on
 validation images, because feature norms differ widely between methods; for the same reason features are standardised
 first, which is BatchNorm without affine parameters before the linear layer (``asrafulashiq/transfer_broad:
 scripts/run_linear_bn.sh``).
@@ -21,7 +20,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -30,16 +29,32 @@ import torch
 from torch import Tensor
 
 from evaluation.metric import (
+    Artifact,
     ClassCounts,
     EvaluationContext,
     Metric,
+    ModelResult,
+    Output,
     Phase,
+    Samples,
     accuracy_metric,
     check_image_splits,
     get_features,
 )
+from evaluation.paired_images import compare_images
 
-__all__ = ["LinearConfig", "check", "evaluate", "fit_probes", "metric_names", "protocol", "splits", "stratified_split"]
+__all__ = [
+    "LinearConfig",
+    "check",
+    "compare",
+    "evaluate",
+    "fit_probes",
+    "metric_names",
+    "protocol",
+    "score_gradient",
+    "splits",
+    "stratified_split",
+]
 
 GRID_GROWTH = 3  # rates added at an edge at once
 MAX_GROWTHS = 2
@@ -158,8 +173,8 @@ def check(config: LinearConfig, phase: Phase, class_counts: ClassCounts) -> None
         )
 
 
-def evaluate(config: LinearConfig, context: EvaluationContext) -> Iterator[Metric]:
-    """Yield top-1 in percent with its interval, and the learning rate that was chosen."""
+def evaluate(config: LinearConfig, context: EvaluationContext) -> Iterator[Output]:
+    """Yield top-1 in percent with its interval, the learning rate that was chosen, and which images are right."""
     found = {split: get_features(context, split) for split in splits(config, context.phase)}
     check(config, context.phase, {split: features.class_counts for split, features in found.items()})
     train, val, scored = found["train"], found["val"], found[context.phase]
@@ -175,6 +190,12 @@ def evaluate(config: LinearConfig, context: EvaluationContext) -> Iterator[Metri
         predicted = probes.predict(scored.features)[:, 0]
     yield accuracy_metric("linear/top1", predicted, scored.labels)
     yield Metric("linear/learning_rate", rate)
+    yield Samples("linear/top1", (predicted == scored.labels).astype(np.uint8))
+
+
+def compare(config: LinearConfig, models: Sequence[ModelResult]) -> Iterator[Metric | Artifact]:
+    """Models compared on the same images: McNemar's exact test and the difference's interval."""
+    yield from compare_images("linear/top1", models)
 
 
 def stratified_split(labels: np.ndarray, share: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -285,7 +306,7 @@ def fit_probes(
         for rows in torch.randperm(n, generator=generator).split(batch_size):
             rows = rows.to(device)
             batch = z.index_select(0, rows)
-            gradient = _score_gradient(torch.addmm(bias, batch, weight), targets[rows], len(rates))
+            gradient = score_gradient(torch.addmm(bias, batch, weight), targets[rows], len(rates))
             rate = base_rate * (0.5 * (1 + math.cos(math.pi * step / num_steps)))
             weight_velocity.addmm_(batch.T, gradient, beta=config.momentum)
             bias_velocity.mul_(config.momentum).add_(gradient.sum(dim=0))
@@ -305,7 +326,7 @@ def _standardisation(x: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(mean.astype(np.float32)).to(device), torch.from_numpy(scale.astype(np.float32)).to(device)
 
 
-def _score_gradient(scores: Tensor, targets: Tensor, num_rates: int) -> Tensor:
+def score_gradient(scores: Tensor, targets: Tensor, num_rates: int) -> Tensor:
     """Gradient (B, G C) of the mean cross entropy of each probe with respect to its scores (B, G C)."""
     batch_size = len(scores)
     gradient = torch.softmax(scores.view(batch_size, num_rates, -1), dim=2)

@@ -81,18 +81,28 @@ def test_stratified_split() -> None:
 @pytest.mark.parametrize("phase", ["val", "test"])
 def test_separable_classes_reach_100(phase) -> None:
     splits = five_splits(spread=0.05)
-    top1, rate = linear.evaluate(QUICK, context_of(splits, phase))
+    top1, rate, _ = linear.evaluate(QUICK, context_of(splits, phase))
     assert (top1.name, top1.value, top1.n) == ("linear/top1", 100.0, len(splits[phase].labels))
     assert top1.ci95 is not None
     assert 0 < top1.ci95 < 10
     assert rate.name == "linear/learning_rate"
 
 
+@pytest.mark.parametrize("phase", ["val", "test"])
+def test_samples_are_the_images_that_are_right(phase) -> None:
+    splits = five_splits(spread=3.0)
+    top1, _, right = linear.evaluate(QUICK, context_of(splits, phase))
+    assert right.name == top1.name
+    assert right.values.shape == splits[phase].labels.shape
+    assert 0 < top1.value < 100
+    assert 100 * right.values.mean() == pytest.approx(top1.value)
+
+
 def test_random_labels_give_chance() -> None:
     splits = {name: clusters(4, 100, 16, spread=1.0, seed=i) for i, name in enumerate(("train", "val"))}
     rng = np.random.default_rng(0)
     shuffled = {name: with_labels(f, rng.permutation(f.labels)) for name, f in splits.items()}
-    top1, _ = linear.evaluate(QUICK, context_of(shuffled, "val"))
+    top1, *_ = linear.evaluate(QUICK, context_of(shuffled, "val"))
     assert top1.value == pytest.approx(25, abs=9)  # 4 standard errors
 
 
@@ -100,9 +110,9 @@ def test_reported_split_has_no_part_in_fit_or_choice() -> None:
     """Other labels on the reported split change the accuracy but not the rate; in phase test, val labels may."""
     splits = five_splits(spread=2.0, per_class=40)
     for phase in ("val", "test"):
-        _, rate = linear.evaluate(QUICK, context_of(splits, phase))
+        _, rate, _ = linear.evaluate(QUICK, context_of(splits, phase))
         wrong = with_labels(splits[phase], (splits[phase].labels + 1) % 6)
-        poisoned_top1, poisoned_rate = linear.evaluate(QUICK, context_of(splits | {phase: wrong}, phase))
+        poisoned_top1, poisoned_rate, _ = linear.evaluate(QUICK, context_of(splits | {phase: wrong}, phase))
         assert poisoned_rate.value == rate.value
         assert poisoned_top1.value < 20
 
@@ -117,7 +127,7 @@ def test_phase_test_chooses_the_rate_that_is_best_on_val() -> None:
     equals = np.flatnonzero(scores == scores.max())
     chosen = equals[(len(equals) - 1) // 2]
     assert chosen not in (0, 3), "the planted data must have its best rate inside the grid"
-    top1, rate = linear.evaluate(config, context_of(splits, "test"))
+    top1, rate, _ = linear.evaluate(config, context_of(splits, "test"))
     assert rate.value == config.learning_rates[chosen]
     assert top1.value == pytest.approx(100 * (probes.predict(test.features)[:, chosen] == test.labels).mean())
 
@@ -141,7 +151,7 @@ def chosen_rate(monkeypatch: pytest.MonkeyPatch, grid: tuple[float, ...], correc
     labels[-1] = 0  # two classes, so that the data passes the check
     features = Features(np.eye(100, dtype=np.float32), labels, ("a", "b"))
     context = context_of({"train": features, "val": features, "test": features}, "test")
-    _, rate = linear.evaluate(LinearConfig(learning_rates=grid), context)
+    _, rate, _ = linear.evaluate(LinearConfig(learning_rates=grid), context)
     return rate.value, fitted
 
 
@@ -171,7 +181,7 @@ def test_of_equal_rates_the_middle_one_is_chosen(monkeypatch: pytest.MonkeyPatch
 def test_diverged_rates_are_never_chosen() -> None:
     splits = five_splits(spread=0.5)
     config = LinearConfig(learning_rates=(0.01, 0.1, 1e38), epochs=5, batch_size=64)
-    top1, rate = linear.evaluate(config, context_of(splits, "test"))
+    top1, rate, _ = linear.evaluate(config, context_of(splits, "test"))
     assert rate.value <= 0.1
     assert top1.value > 95
     train = splits["train"]
@@ -194,7 +204,8 @@ def test_feature_scale_does_not_matter(scale: float) -> None:
         splits = {
             name: clusters(5, 30, 16, spread=2.0, seed=i, scale=factor) for i, name in enumerate(("train", "val"))
         }
-        results.append([m.value for m in linear.evaluate(QUICK, context_of(splits, "val"))])
+        top1, rate, _ = linear.evaluate(QUICK, context_of(splits, "val"))
+        results.append([top1.value, rate.value])
     assert results[1] == pytest.approx(results[0], abs=1.5)
 
 
@@ -202,7 +213,7 @@ def test_collapsed_features_give_a_constant_prediction() -> None:
     splits = five_splits(num_classes=5)
     collapsed = {name: dataclasses.replace(f, features=np.full_like(f.features, 2)) for name, f in splits.items()}
     with pytest.warns(RuntimeWarning, match="collapsed"):
-        top1, _ = linear.evaluate(QUICK, context_of(collapsed, "val"))
+        top1, *_ = linear.evaluate(QUICK, context_of(collapsed, "val"))
     assert top1.value == 20.0
 
 
