@@ -1,30 +1,55 @@
 """The arithmetic of the comparison table: intervals over seeds, and what they allow to say against random
-initialisation."""
+initialisation and against the best row."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from evaluation import TASKS
 from rayjobs.reports import mean_interval
+from rayjobs.significance import LEVEL, against_best
 from rayjobs.transfer import TaskConfigs
 
-__all__ = ["Column", "best_metrics", "build_rows", "cell", "columns_of", "grouped_reasons", "judged_metric", "notes_of"]
+__all__ = [
+    "Column",
+    "build_row",
+    "build_rows",
+    "cell",
+    "column_groups",
+    "columns_of",
+    "grouped_reasons",
+    "heading",
+    "judged_metric",
+    "marks",
+    "notes_of",
+]
 
 PREFERRED = "few_shot/5way_5shot_acc"
 HEADINGS = {
     "few_shot/5way_1shot_acc": "5-way 1-shot",
     "few_shot/5way_5shot_acc": "5-way 5-shot",
+    "few_shot_finetune/5way_1shot_acc": "1-shot, fitted",
+    "few_shot_finetune/5way_5shot_acc": "5-shot, fitted",
     "linear/top1": "linear top-1",
     "knn/top1": "kNN top-1",
+    "concept_generalization/top1": "unseen classes",
     "entropy/h_r": "H_R",
     "uniformity/normalized": "U",
+    "class_geometry/discriminative_ratio": "φ",
+    "class_geometry/mixtureness": "Π",
+    "class_geometry/redundancy": "R",
+    "cam/area": "CAM area",
+    "cam/spatial_entropy": "CAM entropy",
+    "cam/mass_concentration": "CAM mass",
 }
-ANALYSES = ("entropy", "uniformity")  # they describe features; neither direction is better by itself
 HIDDEN = ("uniformity/raw",)  # grows with the features' length, which differs between methods; in the JSON
+MAPS = ("cam", "inversion", "feature_inversion")  # tasks that look at images through the backbone
+MOST_COLUMNS = 7  # metrics beside each other that fit a terminal of 150 characters
+
+SIGNS = {"max": 1, "min": -1, "none": 0}
 
 Cell = dict[str, Any]
 Run = Mapping[str, Any]
@@ -50,10 +75,35 @@ def columns_of(tasks: TaskConfigs) -> list[Column]:
     columns = []
     for task, config in tasks.items():
         spec = TASKS[task]
-        sign = 0 if task in ANALYSES else 1 if spec.direction == "max" else -1
         names = [name for name in spec.metric_names(config) if name not in HIDDEN]
-        columns += [Column(name, HEADINGS.get(name, name), sign) for name in names]
+        columns += [Column(name, heading(name), SIGNS[spec.direction]) for name in names]
     return columns
+
+
+def heading(metric: str) -> str:
+    """What stands above a metric's column."""
+    return HEADINGS.get(metric, metric.replace("/", " ").replace("_", " "))
+
+
+def column_groups(columns: Sequence[Column]) -> list[tuple[str, list[Column]]]:
+    """(title, columns) of the tables that hold these columns: one without a title where they fit beside each other.
+
+    Otherwise transfer, geometry and maps apart, and each of these over as many tables as it needs.
+    """
+    if len(columns) <= MOST_COLUMNS:
+        return [("", list(columns))]
+    groups: dict[str, list[Column]] = {"Transfer": [], "Geometry of the features": [], "Maps and pictures": []}
+    transfer, geometry, maps = groups
+    for column in columns:
+        is_map = column.metric.split("/")[0] in MAPS
+        groups[maps if is_map else transfer if column.sign else geometry].append(column)
+    found = []
+    for title, members in groups.items():
+        count = math.ceil(len(members) / MOST_COLUMNS)
+        for i in range(count):  # in parts of nearly the same size
+            part = members[i * len(members) // count : (i + 1) * len(members) // count]
+            found.append((title if i == 0 else f"{title} ({i + 1})", part))
+    return found
 
 
 def judged_metric(columns: Sequence[Column]) -> str:
@@ -89,10 +139,10 @@ def build_rows(
         columns: the metrics.
         objective: the metric that the notes judge by.
     """
-    untrained = [_row(name, runs, columns, is_baseline=True) for name, runs in baselines.items()]
+    untrained = [build_row(name, runs, columns, is_baseline=True) for name, runs in baselines.items()]
     by_name = {row["name"]: row for row in untrained}
     judged = next(column for column in columns if column.metric == objective)
-    rows = [_row(name, runs, columns, is_baseline=False) for name, runs in methods.items()]
+    rows = [build_row(name, runs, columns, is_baseline=False) for name, runs in methods.items()]
     for row in rows:
         row["baseline"] = baseline_of[row["name"]]
         reference = by_name[row["baseline"]]["cells"][objective]
@@ -100,9 +150,25 @@ def build_rows(
     return rows + untrained
 
 
-def _row(name: str, runs: Sequence[Run], columns: Sequence[Column], is_baseline: bool) -> dict[str, Any]:
+def build_row(
+    name: str, runs: Sequence[Run], columns: Sequence[Column], is_baseline: bool, with_task_intervals: bool = False
+) -> dict[str, Any]:
+    """One row of a table.
+
+    Args:
+        name: its name.
+        runs: its runs, one per seed.
+        columns: the metrics; a run may lack some.
+        is_baseline: whether it is an untrained backbone.
+        with_task_intervals: a cell of a single value keeps the interval over tasks or images that came with it.
+    """
     finished = [run for run in runs if run["outcome"] == "finished"]
-    cells = {c.metric: cell([run["metrics"][c.metric]["value"] for run in finished]) for c in columns}
+    cells: dict[str, Cell | None] = {}
+    for metric in (column.metric for column in columns):
+        known = [run["metrics"][metric] for run in finished if metric in run["metrics"]]
+        found = cells[metric] = cell([metric["value"] for metric in known])
+        if with_task_intervals and found is not None and len(known) == 1:
+            found["ci95"] = known[0]["ci95"]
     speeds = [run["pretext"]["images_per_second"] for run in finished if "images_per_second" in run["pretext"]]
     counts = [
         ("diverged", sum(run["outcome"] == "diverged" for run in runs)),
@@ -148,16 +214,14 @@ def grouped_reasons(left_out: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(", ".join(methods), reason) for reason, methods in groups.items()]
 
 
-def best_metrics(rows: Sequence[Mapping[str, Any]], column: Column) -> set[str]:
-    """Names of the rows with the best mean of a column and of those whose interval meets its interval."""
-    known = {row["name"]: row["cells"][column.metric] for row in rows if row["cells"][column.metric]}
+def marks(rows: Sequence[Mapping[str, Any]], column: Column) -> dict[str, Literal["best", "tied"]]:
+    """The row with the best mean of a column, and the rows that are not significantly worse.
+
+    Welch's t-test over seeds against the best row, two-sided, Holm's correction over the rows. A row of one seed cannot
+    be tested and gets no mark.
+    """
+    known = {row["name"]: row["cells"][column.metric]["values"] for row in rows if row["cells"].get(column.metric)}
     if not known or not column.sign:
-        return set()
-    best = max(known, key=lambda name: column.sign * known[name]["mean"])
-
-    def meets(name: str) -> bool:
-        gap = abs(known[name]["mean"] - known[best]["mean"])
-        halves = [known[n]["ci95"] for n in (name, best)]
-        return None not in halves and gap <= sum(halves)
-
-    return {best} | {name for name in known if meets(name)}
+        return {}
+    best, p_values = against_best(known, column.sign)
+    return {best: "best", **{name: "tied" for name, p in p_values.items() if p > LEVEL}}

@@ -11,14 +11,31 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rayjobs.comparison import Column, best_metrics, grouped_reasons
-from rayjobs.trial_log import metric_text
+from rayjobs.comparison import Column, column_groups, grouped_reasons, marks
+from rayjobs.orderings import judge_all, orderings_markdown, orderings_summary, samples_of
 from search_spaces.single_method import PUBLISHED
 
-__all__ = ["markdown", "print_comparison", "save_plot"]
+__all__ = [
+    "LABELS",
+    "MARKS_LEGEND",
+    "cell_texts",
+    "markdown",
+    "markdown_tables",
+    "metrics_legend",
+    "print_comparison",
+    "print_tables",
+    "save_plot",
+]
 
 LABELS = {"random_init": "random init", "random_init_lab": "random init (L and ab encoders)"}
+TIED = "†"
+MARKS_LEGEND = (
+    "Bold: the best mean of a column. †: not significantly worse (Welch's t-test over seeds against the best, "
+    "two-sided, p > 0.05 after Holm's correction over the rows). One seed: no test, no mark."
+)
+BOLD = "[bold]{}[/bold]"  # rich's markup; the texts are numbers and our own notes, without brackets
 Results = Mapping[str, Any]
+Rows = Sequence[Mapping[str, Any]]
 
 
 def markdown(results: Results, plot: str = "") -> str:
@@ -27,9 +44,10 @@ def markdown(results: Results, plot: str = "") -> str:
         f"# {results['name']}: every method with the same budget",
         f"```\n{results['command']}\n```",
         _facts(results),
-        _markdown_table(results),
+        markdown_tables(results["rows"], _columns(results)),
         _legend(results),
         f"![{_objective(results).heading} by method]({plot})" if plot else "",
+        _orderings(results),
         _changed(results),
         _not_in_the_table(results),
         _published(results),
@@ -78,53 +96,93 @@ def _label(row: Mapping[str, Any]) -> str:
     return LABELS.get(name, name)
 
 
-def _texts(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
-    """A row's numbers and note."""
-    cells = [_text(row["cells"][column.metric]) for column in columns]
-    speed = row["images_per_second"]
-    return [*cells, f"{speed['mean']:,.0f}" if speed else "", ", ".join(row["notes"])]
+def cell_texts(rows: Rows, column: Column) -> list[str]:
+    """``61.20 ± 0.75`` and the mark of a tie, one text per row; three decimals where the whole column is below 1."""
+    cells = [row["cells"].get(column.metric) for row in rows]
+    found = marks(rows, column)
+    digits = 2 if any(abs(cell["mean"]) >= 1 for cell in cells if cell) else 3
+    texts = []
+    for row, cell in zip(rows, cells, strict=True):
+        text = "" if cell is None else f"{cell['mean']:.{digits}f}"
+        text += "" if cell is None or cell["ci95"] is None else f" ± {cell['ci95']:.{digits}f}"
+        texts.append(text + TIED if found.get(row["name"]) == "tied" else text)
+    return texts
 
 
-def _text(cell: Mapping[str, Any] | None) -> str:
-    return metric_text({"value": cell["mean"], "ci95": cell["ci95"]}) if cell else ""
+def _lines(rows: Rows, columns: Sequence[Column], bold: str, with_rest: bool) -> list[list[str]]:
+    """The cells of each row as text, the best of a column within ``bold`` ("**{}**"); then speed and note."""
+    across = []
+    for column in columns:
+        found = marks(rows, column)
+        texts = zip(cell_texts(rows, column), rows, strict=True)
+        across.append([bold.format(text) if found.get(row["name"]) == "best" else text for text, row in texts])
+    if with_rest:
+        speeds = [row["images_per_second"] for row in rows]
+        across.append([f"{speed['mean']:,.0f}" if speed else "" for speed in speeds])
+        across.append([", ".join(row["notes"]) for row in rows])
+    return [list(line) for line in zip(*across, strict=True)]
 
 
-def _markdown_table(results: Results) -> str:
-    columns, rows = _columns(results), results["rows"]
-    best = [best_metrics(rows, column) for column in columns]
-    lines = ["| method | " + " | ".join(c.heading for c in columns) + " | images/s | note |"]
-    lines.append("|---|" + "---:|" * (len(columns) + 1) + "---|")
-    for row in rows:
-        texts = _texts(row, columns)
-        for i, names in enumerate(best):
-            texts[i] = f"**{texts[i]}**" if row["name"] in names else texts[i]
-        lines.append(f"| {_label(row)} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+def markdown_tables(rows: Rows, columns: Sequence[Column]) -> str:
+    """The rows in one table, or in one per group of columns; speed and notes stand in the first."""
+    parts = []
+    for title, group in column_groups(columns):
+        is_first = not parts
+        headings = [column.heading for column in group] + (["images/s", "note"] if is_first else [])
+        lines = [f"{title}:\n"] if title else []
+        lines.append("| method | " + " | ".join(headings) + " |")
+        lines.append("|---|" + "---:|" * len(group) + ("---:|---|" if is_first else ""))
+        for row, texts in zip(rows, _lines(rows, group, "**{}**", is_first), strict=True):
+            lines.append(f"| {_label(row)} | " + " | ".join(texts) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def metrics_legend(columns: Sequence[Column], phase: str = "test") -> str:
+    """What the columns hold, in one paragraph."""
+    tasks = {column.metric.split("/")[0] for column in columns}
+    classes = "novel classes, which no training and no choice saw" if phase == "test" else "classes kept for validation"
+    images = f"{'test' if phase == 'test' else 'validation'} images of the pretraining classes"
+    told = [
+        ({"few_shot"}, f"few-shot accuracy (%) on {classes}"),
+        ({"few_shot_finetune"}, "few-shot fitted: the same with a linear classifier trained on each task"),
+        ({"linear", "knn"}, f"linear and kNN accuracy (%) on {images}"),
+        ({"concept_generalization"}, "unseen classes: linear accuracy (%) on classes that pretraining did not have"),
+        (
+            {"entropy", "uniformity"},
+            "H_R, representation entropy, and U, uniformity of unit-length features, of the pretraining images: larger "
+            "is more spread, which is not by itself better",
+        ),
+        (
+            {"class_geometry"},
+            "φ, distance between classes over spread within them; Π, how evenly new classes mix with old ones (1: "
+            "perfectly); R, mean absolute correlation of two features",
+        ),
+        (
+            {"cam"},
+            "CAM area, share of pixels above half of a class activation map's range; CAM entropy, of the map as a "
+            "distribution over pixels; CAM mass, share of the map in its highest tenth of pixels",
+        ),
+    ]
+    parts = [text for names, text in told if names & tasks]
+    return f"After the last epoch: {'; '.join(parts)}." if parts else ""
 
 
 def _legend(results: Results) -> str:
-    """What the numbers are and how the notes are decided."""
-    metrics = {column.metric for column in _columns(results)}
+    """What the numbers are and how the marks and notes are decided."""
     sentences = [
         f"± is the half width of the 95 % t-interval over {len(results['seeds'])} seeds.",
-        "Bold: the best mean of a column, and every mean whose interval meets the best one's.",
-        "After the last epoch:",
+        MARKS_LEGEND,
+        metrics_legend(_columns(results)),
     ]
-    if any(m.startswith("few_shot/") for m in metrics):
-        sentences.append("few-shot accuracy (%) on novel classes, which no training and no choice saw;")
-    if metrics & {"linear/top1", "knn/top1"}:
-        sentences.append("linear and kNN accuracy (%) on test images of the pretraining classes;")
-    if "entropy/h_r" in metrics:
-        sentences.append("H_R, representation entropy, and U, uniformity of unit-length features, of the pretraining")
-        sentences.append("images: larger is more spread, which is not by itself better.")
-    text = " ".join(sentences).removesuffix(";") + ("." if sentences[-1].endswith(";") else "")
     if _objective(results).sign:
         heading = _objective(results).heading
-        text += (
-            f" Notes compare {heading} with the untrained backbone of the same kind and seeds: below random init = the "
+        sentences.append(
+            f"Notes compare {heading} with the untrained backbone of the same kind and seeds: below random init = the "
             "interval lies entirely on its worse side, not separated = the two intervals meet."
         )
-    return f"{text} images/s: training speed in the last epoch, beside the other runs on the machine."
+    sentences.append("images/s: training speed in the last epoch, beside the other runs on the machine.")
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _changed(results: Results) -> str:
@@ -169,26 +227,51 @@ def _duration(seconds: float) -> str:
     return f"{seconds:,.0f} s" if seconds < 600 else f"{timedelta(seconds=round(seconds))} h"
 
 
+def _orderings(results: Results) -> str:
+    text = orderings_markdown(judge_all(samples_of(results["runs"])))
+    return f"## The papers' orderings\n\n{text}" if text else ""
+
+
 def print_comparison(results: Results, console: Console) -> None:
     """The table, for the terminal."""
-    columns, rows = _columns(results), results["rows"]
-    best = [best_metrics(rows, column) for column in columns]
-    table = Table(title="Test data, mean ± 95 % t-interval over seeds", title_justify="left")
-    table.add_column("method", no_wrap=True)
-    for heading in [*(column.heading for column in columns), "images/s"]:
-        table.add_column(heading.replace("way ", "way\n"), justify="right", no_wrap=True)
-    table.add_column("note", overflow="fold")
-    for row in rows:
-        texts = [escape(text) for text in _texts(row, columns)]
-        for i, names in enumerate(best):
-            texts[i] = f"[bold]{texts[i]}[/bold]" if row["name"] in names else texts[i]
-        table.add_row(_label(row), *texts, style="cyan" if row["is_baseline"] else "")
-    console.print()
-    console.print(table)
-    console.print(f"[dim]{len(results['seeds'])} seeds each. Bold: best, or its interval meets the best one's.[/dim]")
+    print_tables(
+        results["rows"], _columns(results), "Test data, mean ± 95 % t-interval over seeds", console, with_seeds=False
+    )
+    console.print(f"[dim]{len(results['seeds'])} seeds each. {MARKS_LEGEND}[/dim]")
+    judged = judge_all(samples_of(results["runs"]))
+    if judged:
+        console.print(f"[dim]The papers' orderings. {orderings_summary(judged)}[/dim]")
     failed = [run for run in results["runs"] if run["outcome"] != "finished"]
     for run in failed:
         console.print(f"[red]{run['name']} {run['outcome']}[/red]: {escape(str(run['error']))}", soft_wrap=True)
+
+
+def print_tables(rows: Rows, columns: Sequence[Column], title: str, console: Console, with_seeds: bool = True) -> None:
+    """The rows in one table, or in one per group of columns, for the terminal; speed and notes stand in the first.
+
+    Args:
+        rows: as ``build_row`` makes them.
+        columns: the metrics.
+        title: stands above the first table.
+        console: the terminal.
+        with_seeds: show each row's number of finished runs.
+    """
+    for i, (part, group) in enumerate(column_groups(columns)):
+        table = Table(title=title if i == 0 and not part else f"{title}. {part}" if i == 0 else part)
+        table.title_justify = "left"
+        table.add_column("method", no_wrap=True)
+        for column in group:
+            table.add_column(column.heading.replace("way ", "way\n"), justify="right", no_wrap=True)
+        for name in (["seeds"] if with_seeds else []) + (["images/s"] if i == 0 else []):
+            table.add_column(name, justify="right", no_wrap=True)
+        if i == 0:
+            table.add_column("note", overflow="fold")
+        for row, texts in zip(rows, _lines(rows, group, BOLD, i == 0), strict=True):
+            seeds = [str(row["finished"])] if with_seeds else []
+            cells = texts[: len(group)] + seeds + texts[len(group) :]
+            table.add_row(_label(row), *cells, style="cyan" if row["is_baseline"] else "")
+        console.print()
+        console.print(table)
 
 
 def save_plot(results: Results, folder: Path) -> Path | None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Difference", "against_best", "difference", "holm", "welch_p"]
+__all__ = ["LEVEL", "Difference", "against_best", "difference", "holm", "welch_p"]
 
 LEVEL = 0.05  # a smaller adjusted p counts as a difference
 

@@ -64,7 +64,7 @@ def example_results():
 
     def run(label, seed, value, outcome="finished"):
         metrics = {c.metric: {"value": value} for c in columns} if outcome == "finished" else {}
-        return {"name": f"{label}-seed{seed}", "label": label, "outcome": outcome, "collapsed": False,
+        return {"name": f"{label}-seed{seed}", "label": label, "seed": seed, "outcome": outcome, "collapsed": False,
                 "seconds": 1.0, "pretext": {}, "metrics": metrics, "error": "OutOfMemory"}  # fmt: skip
 
     good = [run("moco_v2", 0, 80.0), run("moco_v2", 1, 80.5)]
@@ -114,6 +114,17 @@ def test_the_report_says_what_was_done_and_what_is_missing():
         "![5-way 5-shot by method](plots/x.png)",
     ):
         assert words in text
+
+
+def test_the_report_judges_the_papers_orderings():
+    results = example_results()
+    assert "orderings" not in markdown(results), "no claim about moco_v2 and simsiam"
+    for i, run in enumerate(results["runs"][:4]):
+        run.update(label="exemplar_v2" if i < 2 else "moco_v2", outcome="finished")
+        run["metrics"] = {"few_shot/5way_5shot_acc": {"value": 80.0 + i % 2 if i < 2 else 70.0 + i % 2}}
+    text = markdown(results)
+    assert "## The papers' orderings\n\nClaims whose methods and metrics are here: 1 holds." in text
+    assert "| 77.18 > 73.3 | +10.00 ± 0.00 | holds |" in text
 
 
 def test_the_plot_needs_a_finished_method(tmp_path):

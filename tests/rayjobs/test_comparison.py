@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rayjobs.comparison import best_metrics, build_rows, cell, columns_of, grouped_reasons, judged_metric, notes_of
+from rayjobs.comparison import (
+    Column,
+    build_row,
+    build_rows,
+    cell,
+    column_groups,
+    columns_of,
+    grouped_reasons,
+    judged_metric,
+    marks,
+    notes_of,
+)
 from rayjobs.transfer import task_configs
 
 SHOT = "few_shot/5way_5shot_acc"
@@ -102,7 +113,10 @@ def test_rows_count_what_failed_and_average_what_finished():
     assert (shaky["finished"], shaky["runs"]) == (1, 3)
     assert gone["cells"][SHOT] is None
     assert untrained["is_baseline"]
-    assert best_metrics(rows, columns[1]) == {"good"}
+    found = marks(rows, columns[1])
+    assert found["good"] == "best"
+    assert "flat" not in found
+    assert "shaky" not in found, "one finished run: no test"
 
 
 def test_methods_left_out_for_one_reason_share_a_line():
@@ -110,12 +124,56 @@ def test_methods_left_out_for_one_reason_share_a_line():
     assert grouped_reasons(left_out) == [("a, c", "needs a map."), ("b", "too small.")]
 
 
-def test_ties_with_the_best_are_marked_by_their_intervals():
+def test_ties_with_the_best_are_marked_by_a_test():
     columns = columns_of(task_configs(["knn", "entropy"]))
 
-    def row(name, mean, half):
-        return {"name": name, "cells": {column.metric: mean and interval(mean, half) for column in columns}}
+    def row(name, *values):
+        return {"name": name, "cells": {column.metric: cell(values) for column in columns}}
 
-    rows = [row("a", 80, 1), row("b", 78, 1), row("c", 77, 1), row("d", 79.9, None), row("e", None, None)]
-    assert best_metrics(rows, columns[0]) == {"a", "b"}
-    assert best_metrics(rows, columns[1]) == set(), "more entropy is not better"
+    rows = [
+        row("best", 80.0, 81.0, 82.0),
+        row("near", 79.0, 80.0, 83.0),
+        row("worse", 70.0, 71.0, 72.0),
+        row("single", 80.9),
+        row("gone"),
+    ]
+    assert marks(rows, columns[0]) == {"best": "best", "near": "tied"}
+    assert marks(rows, columns[1]) == {}, "more entropy is not better"
+    assert marks([row("gone")], columns[0]) == {}
+    assert marks([row("only", 1.0), row("many", 0.5, 0.6)], columns[0]) == {"only": "best"}
+
+
+def test_many_rows_make_it_harder_to_be_worse():
+    """Holm's correction: 0.02 alone is worse than the best row; beside twenty such rows it is not."""
+    column = columns_of(task_configs(["knn"]))[0]
+    values = {"best": (80.0, 81.0, 82.0), **{f"m{i}": (77.0, 78.0, 79.0) for i in range(20)}}
+    assert stats.ttest_ind(values["best"], values["m0"], equal_var=False).pvalue == pytest.approx(0.0213, abs=1e-3)
+    rows = [{"name": name, "cells": {column.metric: cell(numbers)}} for name, numbers in values.items()]
+    assert marks(rows[:2], column) == {"best": "best"}
+    assert marks(rows, column)["m0"] == "tied"
+
+
+def test_wide_tables_are_split_by_what_the_columns_tell():
+    few = columns_of(task_configs(["few_shot", "linear", "knn", "entropy", "uniformity"]))
+    assert column_groups(few) == [("", few)]
+    maps = [Column(f"cam/{name}", name, 0) for name in "ab"]
+    many = [Column(f"domains/{name}", name, 1) for name in "abcdefgh"]
+    groups = column_groups([*few, *maps, *many])
+    assert [(title, len(columns)) for title, columns in groups] == [
+        ("Transfer", 6),
+        ("Transfer (2)", 6),
+        ("Geometry of the features", 2),
+        ("Maps and pictures", 2),
+    ]
+    assert {c.metric for _, columns in groups for c in columns} == {c.metric for c in [*few, *maps, *many]}
+
+
+def test_a_row_of_one_seed_can_keep_the_interval_of_its_tasks():
+    columns = columns_of(task_configs(["few_shot"]))
+    single = run(0, 80.0)
+    single["metrics"][SHOT]["ci95"] = 0.75
+    del single["metrics"]["few_shot/5way_1shot_acc"]
+    kept = build_row("a", [single], columns, is_baseline=False, with_task_intervals=True)
+    assert kept["cells"][SHOT] == {"mean": 80.0, "ci95": 0.75, "n": 1, "values": [80.0]}
+    assert kept["cells"]["few_shot/5way_1shot_acc"] is None
+    assert build_row("a", [single], columns, is_baseline=False)["cells"][SHOT]["ci95"] is None
