@@ -3,17 +3,26 @@
 Protocol A of CAMtrast (Sun et al., AAAI 2022; test script ``jinghanSunn/CAMtrast: test.py, dataset.py, util.py``):
 600 tasks of 5 classes with 1 or 5 support images and 15 queries per class; pooled features at unit length; multinomial
 logistic regression with L2 penalty, C = 1 and a free intercept, fitted on the support images of each task; mean
-accuracy over the tasks, +- 1.96 s / sqrt(600) with s of ddof 1. Support and query of a class come from one permutation
-of its images and never overlap.
+accuracy over the tasks, +- 1.96 s / sqrt(600) with s of ddof 1 (``interval`` names two other papers' formulas). Support
+and query of a class come from one permutation of its images and never overlap.
 
 What we do differently: all tasks are solved together and to the optimum (``few_shot_solver``); scikit-learn's default
 tolerance stops earlier, which moves the mean accuracy by up to 0.1 percentage points. The task list is a function of
-the seed and the class sizes only, so all models see the same tasks.
+the seed and the class sizes only, so all models see the same tasks; the accuracy of each task is kept, and ``compare``
+tests models task by task (``paired``).
+
+Image sizes: backbones are pretrained and tested at 84 pixels on miniImageNet and tieredImageNet; on CIFAR-FS they are
+tested at its own 32 pixels, also those that were pretrained at 84 (CAMtrast's supplement). The view is a resize of the
+short side to 92 and the central 84 x 84. At other sizes we keep that ratio (35 and 32 pixels); the released script adds
+8 pixels at any size, but has no branch for CIFAR-FS. Across data sets (Sun et al., Table 4) only the source of the
+novel classes changes:
+
+    python rayjobs/evaluate.py --checkpoint DIR --tasks few_shot --data novel_classes=cifar_fs:DIR --image-size 32
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -21,11 +30,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.episodes import Episodes, sample_episodes
+from evaluation.episodes import Episodes, check_episode_options, check_episodes, draw_episodes
 from evaluation.few_shot_solver import solve_dual
-from evaluation.metric import ClassCounts, EvaluationContext, Metric, Phase, get_features, l2_normalize, mean_interval
+from evaluation.intervals import IntervalName, accuracy_outputs, check_interval, interval_record
+from evaluation.metric import (
+    Artifact,
+    ClassCounts,
+    EvaluationContext,
+    Metric,
+    ModelResult,
+    Phase,
+    Samples,
+    get_features,
+    l2_normalize,
+)
+from evaluation.paired import compare_samples
 
-__all__ = ["FewShotConfig", "check", "evaluate", "metric_names", "protocol", "splits", "task_accuracies"]
+__all__ = [
+    "FewShotConfig",
+    "check",
+    "compare",
+    "evaluate",
+    "gather_tasks",
+    "metric_names",
+    "protocol",
+    "splits",
+    "task_accuracies",
+]
 
 SPLITS = {
     "unseen_classes": {"val": "val_classes", "test": "novel_classes"},
@@ -47,6 +78,8 @@ class FewShotConfig:
         split: "unseen_classes" draws tasks from classes that pretraining never saw ("val_classes" while hyperparameters
             are chosen, "novel_classes" for the report); "base_classes" from held-out images of the pretraining classes
             ("val" and "test").
+        interval: formula of the half width: "camtrast" (1.96, ddof 1), "closer_look" (1.96, ddof 0) or "rfs"
+            (Student's t, ddof 1).
     """
 
     num_ways: int = 5
@@ -55,6 +88,7 @@ class FewShotConfig:
     num_tasks: int = 600
     c: float = 1.0
     split: Literal["unseen_classes", "base_classes"] = "unseen_classes"
+    interval: IntervalName = "camtrast"
 
 
 def metric_names(config: FewShotConfig) -> tuple[str, ...]:
@@ -89,7 +123,7 @@ def protocol(config: FewShotConfig, phase: Phase) -> dict:
             "from one permutation without overlap"
         ),
         "metric": "mean accuracy over tasks in percent",
-        "interval": "mean +- 1.96 s / sqrt(tasks), s with ddof = 1: spread over tasks, not over pretraining seeds",
+        "interval": interval_record(config.interval),
         "config": asdict(config),
     }
 
@@ -98,64 +132,31 @@ def check(config: FewShotConfig, phase: Phase, class_counts: ClassCounts) -> Non
     """ValueError where the options or the data do not allow the tasks; call it before any long work."""
     _check_options(config)
     split = splits(config, phase)[0]
-    counts = class_counts.get(split, ())
-    if not counts:
-        other = "base_classes" if config.split == "unseen_classes" else "unseen_classes"
-        raise ValueError(
-            f"few_shot reads split {split!r}, which the data does not have (it has: {', '.join(class_counts)}). Give "
-            f"{split}=URI, let the seeded class split make it, or set split={other!r} to draw the tasks from "
-            f"{SPLITS[other][phase]!r} instead."
-        )
-    if len(counts) < config.num_ways:
-        raise ValueError(
-            f"few_shot needs at least {config.num_ways} classes in split {split!r} for {config.num_ways}-way tasks; it "
-            f"has {len(counts)}. Give the split more classes or lower num_ways to {max(2, len(counts))}."
-        )
-    needed = max(config.shots) + config.num_queries
-    small = [(label, count) for label, count in enumerate(counts) if count < needed]
-    if small:
-        named = ", ".join(f"{label} ({count})" for label, count in small[:8])
-        more = f" and {len(small) - 8} more" if len(small) > 8 else ""
-        raise ValueError(
-            f"few_shot needs {needed} images per class in split {split!r} ({max(config.shots)} support + "
-            f"{config.num_queries} query); too few in classes (label number, images): {named}{more}. Lower num_queries "
-            "or shots, add images, or drop classes with fewer images (the subset option min_per_class)."
-        )
+    other = "base_classes" if config.split == "unseen_classes" else "unseen_classes"
+    instead = f", or set split={other!r} to draw the tasks from {SPLITS[other][phase]!r} instead"
+    check_episodes("few_shot", config, split, class_counts, instead)
 
 
 def _check_options(config: FewShotConfig) -> None:
     """ValueError for values outside their range."""
     if config.split not in SPLITS:
         raise ValueError(f"few_shot split is {config.split!r}; allowed: {', '.join(SPLITS)}.")
-    if config.num_ways < 2 or config.num_queries < 1 or config.num_tasks < 2:
-        raise ValueError(
-            f"few_shot got num_ways={config.num_ways}, num_queries={config.num_queries}, num_tasks={config.num_tasks}; "
-            "allowed: at least 2 ways, 1 query and 2 tasks (an interval needs two)."
-        )
-    if not config.shots or min(config.shots) < 1 or len(set(config.shots)) != len(config.shots):
-        raise ValueError(f"few_shot shots are {config.shots}; allowed: one or more different numbers, each at least 1.")
+    check_episode_options("few_shot", config)
+    check_interval("few_shot", config.interval)
     if not 0 < config.c < float("inf"):
         raise ValueError(f"few_shot c is {config.c}; allowed: a positive finite number (the papers use 1).")
 
 
-def evaluate(config: FewShotConfig, context: EvaluationContext) -> Iterator[Metric]:
-    """Yield the mean accuracy in percent and its interval, one metric per number of shots."""
+def evaluate(config: FewShotConfig, context: EvaluationContext) -> Iterator[Metric | Samples]:
+    """Yield the mean accuracy in percent with its interval, and the accuracy of each task, per number of shots."""
     split = splits(config, context.phase)[0]
     found = get_features(context, split)
     check(config, context.phase, {split: found.class_counts})
     x = torch.from_numpy(l2_normalize(found.features, split)).to(context.device)
     for num_shots in config.shots:
-        episodes = sample_episodes(
-            found.labels,
-            num_tasks=config.num_tasks,
-            num_ways=config.num_ways,
-            num_shots=num_shots,
-            num_queries=config.num_queries,
-            num_classes=len(found.class_names),
-            seed=context.seed,
-        )
-        mean, half_width = mean_interval(100.0 * task_accuracies(x, episodes, config.c))
-        yield Metric(_metric_name(config, num_shots), mean, half_width, config.num_tasks)
+        episodes = draw_episodes(config, num_shots, found, context.seed)
+        accuracies = task_accuracies(x, episodes, config.c)
+        yield from accuracy_outputs(_metric_name(config, num_shots), accuracies, config.interval)
 
 
 def task_accuracies(x: Tensor, episodes: Episodes, c: float = 1.0) -> np.ndarray:
@@ -182,22 +183,33 @@ def task_accuracies(x: Tensor, episodes: Episodes, c: float = 1.0) -> np.ndarray
 
 
 def _support_products(x: Tensor, episodes: Episodes) -> Tensor:
-    """Inner products (T, N K, N (K + Q)) of each task's support images with all its images, support first.
-
-    A few tasks at a time are gathered into one reused buffer that fits the cache; the features of all tasks at once
-    (600 x 100 x 2048 floats) would go through main memory three times.
-    """
+    """Inner products (T, N K, N (K + Q)) of each task's support images with all its images, support first."""
     num_tasks, num_ways, num_shots = episodes.support.shape
     num_support = num_ways * num_shots
+    products = x.new_empty(num_tasks, num_support, num_support + num_ways * episodes.query.shape[2])
+    for tasks, gathered in gather_tasks(x, episodes):
+        torch.bmm(gathered[:, :num_support], gathered.transpose(1, 2), out=products[tasks])
+    return products
+
+
+def gather_tasks(x: Tensor, episodes: Episodes) -> Iterator[tuple[slice, Tensor]]:
+    """The features (t, M, D) of a few tasks at a time, support images first; valid until the next ones are asked for.
+
+    They go into one reused buffer that fits the cache; the features of all tasks at once (600 x 100 x 2048 floats)
+    would go through main memory three times.
+    """
+    num_tasks = len(episodes.support)
     rows = np.concatenate([episodes.support.reshape(num_tasks, -1), episodes.query.reshape(num_tasks, -1)], axis=1)
     num_images, dim = rows.shape[1], x.shape[1]
     index = torch.from_numpy(rows).to(x.device)
-    products = x.new_empty(num_tasks, num_support, num_images)
     chunk = max(1, GATHER_FLOATS // (num_images * dim))
     buffer = x.new_empty(chunk * num_images, dim)
     for start in range(0, num_tasks, chunk):
         chosen = index[start : start + chunk].reshape(-1)
-        gathered = torch.index_select(x, 0, chosen, out=buffer[: len(chosen)]).view(-1, num_images, dim)
-        support, part = gathered[:, :num_support], products[start : start + chunk]
-        torch.bmm(support, gathered.transpose(1, 2), out=part)
-    return products
+        gathered = torch.index_select(x, 0, chosen, out=buffer[: len(chosen)])
+        yield slice(start, start + chunk), gathered.view(-1, num_images, dim)
+
+
+def compare(config: FewShotConfig, models: Sequence[ModelResult]) -> Iterator[Metric | Artifact]:
+    """Yield the models' differences on the same tasks: see ``paired.compare_samples``."""
+    yield from compare_samples("few_shot", metric_names(config), models)

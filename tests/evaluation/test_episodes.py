@@ -38,6 +38,22 @@ def test_list_depends_on_seed_and_class_sizes_only() -> None:
     np.testing.assert_array_equal(draw(by_class).support, rank[first.support])
 
 
+def test_streams_are_other_lists_of_the_same_kind() -> None:
+    """Hyperparameters are chosen on another stream than the reported list; no task of one is a task of the other."""
+    reported, choosing = draw(num_tasks=100), draw(num_tasks=100, stream=1)
+    tasks = [{tuple(sorted(task)) for task in x.support.reshape(100, -1)} for x in (reported, choosing)]
+    assert not tasks[0] & tasks[1]
+    np.testing.assert_array_equal(draw(stream=0).support, draw().support)
+    assert not np.array_equal(draw(stream=2).support, draw(stream=1).support)
+
+
+def test_part_is_the_tasks_from_start_to_stop() -> None:
+    tasks = draw()
+    part = tasks.part(10, 13)
+    for name in ("classes", "support", "query"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(tasks, name)[10:13])
+
+
 def test_fewer_tasks_are_a_prefix() -> None:
     few, many = draw(num_tasks=20), draw(num_tasks=60)
     np.testing.assert_array_equal(few.classes, many.classes[:20])

@@ -9,9 +9,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from evaluation import few_shot
+from evaluation import EvaluationContext, Metric, Samples, few_shot
 from evaluation.episodes import sample_episodes
 from evaluation.few_shot import FewShotConfig, task_accuracies
+from evaluation.intervals import INTERVALS, IntervalName
 from evaluation.metric import l2_normalize
 from tests.evaluation.synthetic import clusters, context_of, with_labels
 
@@ -55,37 +56,48 @@ def test_two_way_intercept_matches_scikit_learns_binary_objective() -> None:
     np.testing.assert_allclose(ours, sklearn_accuracies(x64, episodes, 5.0), atol=1e-12)
 
 
-def test_metrics_carry_mean_interval_and_task_count() -> None:
+def metrics_of(config: FewShotConfig, context: EvaluationContext) -> list[Metric]:
+    return [output for output in few_shot.evaluate(config, context) if isinstance(output, Metric)]
+
+
+@pytest.mark.parametrize("interval", INTERVALS)
+def test_metrics_carry_mean_interval_and_task_count_and_samples_every_task(interval: IntervalName) -> None:
     features = clusters(6, 30, 32, spread=2.5, seed=1)
-    config = FewShotConfig(num_tasks=40)
-    metrics = list(few_shot.evaluate(config, context_of({"val_classes": features}, "val", seed=3)))
+    config = FewShotConfig(num_tasks=40, interval=interval)
+    outputs = list(few_shot.evaluate(config, context_of({"val_classes": features}, "val", seed=3)))
+    metrics, samples = outputs[::2], outputs[1::2]
     assert [m.name for m in metrics] == ["few_shot/5way_1shot_acc", "few_shot/5way_5shot_acc"]
-    assert tuple(m.name for m in metrics) == few_shot.metric_names(config)
+    assert tuple(m.name for m in metrics) == tuple(s.name for s in samples) == few_shot.metric_names(config)
     x = torch.from_numpy(l2_normalize(features.features, "val_classes"))
-    for metric, shots in zip(metrics, (1, 5), strict=True):
+    for metric, sample, shots in zip(metrics, samples, (1, 5), strict=True):
+        assert isinstance(metric, Metric)
+        assert isinstance(sample, Samples)
         options = {"num_ways": 5, "num_shots": shots, "num_queries": 15, "num_classes": 6, "seed": 3}
         values = 100 * task_accuracies(x, sample_episodes(features.labels, num_tasks=40, **options))
+        np.testing.assert_array_equal(sample.values, values)
         assert metric.value == pytest.approx(values.mean())
-        assert metric.ci95 == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(40))
+        assert metric.ci95 == pytest.approx(INTERVALS[interval].half_width(values))
         assert metric.n == 40
+    protocol = few_shot.protocol(config, "val")
+    assert protocol["interval"].startswith(f"{interval}: mean +- {INTERVALS[interval].formula}")
 
 
 def test_gathering_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     features = clusters(6, 30, 16, spread=1.0, seed=2)
     config, context = FewShotConfig(num_tasks=10), context_of({"val_classes": features}, "val")
-    whole = list(few_shot.evaluate(config, context))
+    whole = metrics_of(config, context)
     monkeypatch.setattr(few_shot, "GATHER_FLOATS", 16 * 100 * 3)
-    assert list(few_shot.evaluate(config, context)) == whole
+    assert metrics_of(config, context) == whole
 
 
 def test_separable_classes_reach_100_and_random_labels_chance() -> None:
     separable = clusters(6, 40, 64, spread=0.01, seed=0)
     config = FewShotConfig(num_tasks=100)
-    for metric in few_shot.evaluate(config, context_of({"val_classes": separable}, "val")):
+    for metric in metrics_of(config, context_of({"val_classes": separable}, "val")):
         assert (metric.value, metric.ci95) == (100.0, 0.0)
     noise = clusters(6, 40, 64, spread=1.0, seed=0)
     shuffled = with_labels(noise, np.random.default_rng(1).permutation(noise.labels))
-    for metric in few_shot.evaluate(config, context_of({"val_classes": shuffled}, "val")):
+    for metric in metrics_of(config, context_of({"val_classes": shuffled}, "val")):
         assert metric.value == pytest.approx(20, abs=2.5)
 
 
@@ -94,7 +106,7 @@ def test_collapsed_features_are_exactly_at_chance() -> None:
     collapsed = clusters(6, 30, 8, spread=0.0, seed=0)
     collapsed.features[:] = 1.5
     with pytest.warns(RuntimeWarning, match="collapsed"):
-        metrics = list(few_shot.evaluate(FewShotConfig(num_tasks=20), context_of({"val_classes": collapsed}, "val")))
+        metrics = metrics_of(FewShotConfig(num_tasks=20), context_of({"val_classes": collapsed}, "val"))
     assert [m.value for m in metrics] == [20.0, 20.0]
 
 
@@ -104,7 +116,7 @@ def test_feature_scale_does_not_matter(scale: float) -> None:
     values = []
     for factor in (1.0, scale):
         features = clusters(6, 30, 16, spread=1.5, seed=2, scale=factor)
-        values.append([m.value for m in few_shot.evaluate(config, context_of({"val_classes": features}, "val"))])
+        values.append([m.value for m in metrics_of(config, context_of({"val_classes": features}, "val"))])
     np.testing.assert_allclose(values[1], values[0], atol=0.1)
 
 
@@ -154,6 +166,7 @@ def test_evaluate_checks_the_features_it_gets() -> None:
         ({"c": 0.0}, "c is 0.0"),
         ({"c": float("inf")}, "c is inf"),
         ({"split": "novel_classes"}, "allowed: unseen_classes, base_classes"),
+        ({"interval": "normal"}, "interval is 'normal'; allowed: camtrast: 1.96 s"),
     ],
 )
 def test_wrong_options_are_refused(changes: dict, message: str) -> None:
