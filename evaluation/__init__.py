@@ -57,6 +57,7 @@ class TaskSpec:
         needs: "features" alone, or also the "backbone" with images and augmented views.
         compare: ``(config, models)`` -> metrics and files of two or more models together; None where there is nothing
             to add to a table.
+        paired: whether ``compare`` pairs the models entry by entry, which needs the same scored images.
     """
 
     name: str
@@ -70,6 +71,7 @@ class TaskSpec:
     direction: Literal["max", "min", "none"] = "max"
     needs: Literal["features", "backbone"] = "features"
     compare: Callable[[Any, Sequence[ModelResult]], Iterator[Metric | Artifact]] | None = None
+    paired: bool = True
 
     @property
     def metrics(self) -> tuple[str, ...]:

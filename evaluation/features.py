@@ -15,10 +15,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from evaluation.metric import EvaluationContext, Features, Phase
+from evaluation.metric import FeatureBatch, Features
 from image_data.contracts import IMAGENET_MEAN, IMAGENET_STD, ImageBatch
 
-__all__ = ["FeatureCache", "FeatureExtractor", "assemble_features", "extract_features", "frozen", "make_context"]
+__all__ = [
+    "FeatureCache",
+    "FeatureExtractor",
+    "assemble_features",
+    "extract_features",
+    "feature_batches",
+    "frozen",
+]
 
 
 class FeatureExtractor:
@@ -86,11 +93,19 @@ def extract_features(
         device: where to compute; the backbone is moved there.
         autocast: bfloat16 autocast.
     """
+    return assemble_features(
+        ((b.features, b.labels, b.index) for b in feature_batches(backbone, batches, device, autocast)), class_names
+    )
+
+
+def feature_batches(
+    backbone: nn.Module, batches: Iterable[ImageBatch], device: torch.device | str = "cpu", autocast: bool = False
+) -> Iterator[FeatureBatch]:
+    """The features of each batch's first view, in eval mode; the backbone's own modes are back after the last batch."""
     with frozen(backbone):
         extractor = FeatureExtractor(backbone, device, autocast)
-        return assemble_features(
-            ((extractor(batch.views[0]), batch.labels, batch.index) for batch in batches), class_names
-        )
+        for batch in batches:
+            yield FeatureBatch(extractor(batch.views[0]), batch.labels, batch.index)
 
 
 def assemble_features(
@@ -136,30 +151,3 @@ class FeatureCache:
         if split not in self.cached:
             self.cached[split] = self.extract(split)
         return self.cached[split]
-
-
-def make_context(
-    backbone: nn.Module,
-    batches: Callable[[str], Iterable[ImageBatch]],
-    class_names: Callable[[str], tuple[str, ...]],
-    phase: Phase,
-    seed: int = 0,
-    device: str = "cpu",
-    autocast: bool = False,
-) -> EvaluationContext:
-    """Context whose features come from a backbone in this process, one pass per split, when first asked for.
-
-    Args:
-        backbone: the backbone under evaluation; it must not change while the context is used.
-        batches: split name -> batches of the evaluation view, every image once.
-        class_names: split name -> names in label order.
-        phase: "val" or "test".
-        seed: seed of task lists and solvers.
-        device: where the backbone and the solvers run.
-        autocast: bfloat16 autocast of the backbone.
-    """
-
-    def extract(split: str) -> Features:
-        return extract_features(backbone, batches(split), class_names(split), device, autocast)
-
-    return EvaluationContext(FeatureCache(extract), phase, seed, device)

@@ -48,6 +48,7 @@ METHODS: dict[str, MethodSpec] = {
         views=supervised.VIEWS,
         optimizer=supervised.OPTIMIZER,
         summary="Cross entropy on the labels.",
+        uses_labels=True,
     ),
     "sl_mlp": MethodSpec(
         config=sl_mlp.SLMLPConfig(),
@@ -55,6 +56,7 @@ METHODS: dict[str, MethodSpec] = {
         views=sl_mlp.VIEWS,
         optimizer=sl_mlp.OPTIMIZER,
         summary="Cross entropy through an MLP projector that is thrown away (Wang et al. 2022).",
+        uses_labels=True,
     ),
     "supcon": MethodSpec(
         config=supcon.SupConConfig(),
@@ -62,6 +64,7 @@ METHODS: dict[str, MethodSpec] = {
         views=supcon.VIEWS,
         optimizer=supcon.OPTIMIZER,
         summary="Views of one class attract each other, all others repel (Khosla et al. 2020).",
+        uses_labels=True,
     ),
     "instdisc": MethodSpec(
         config=instdisc.InstDiscConfig(),
@@ -90,6 +93,7 @@ METHODS: dict[str, MethodSpec] = {
         views=moco.VIEWS_V1,
         optimizer=moco.OPTIMIZER_V1,
         summary="MoCo v1 without negatives of the query's own class (Zhao et al. 2021).",
+        uses_labels=True,
     ),
     "exemplar_v2": MethodSpec(
         config=exemplar.ExemplarConfig(),
@@ -97,6 +101,7 @@ METHODS: dict[str, MethodSpec] = {
         views=moco.VIEWS_V2,
         optimizer=moco.OPTIMIZER_V2,
         summary="MoCo v2 without negatives of the query's own class (Zhao et al. 2021).",
+        uses_labels=True,
     ),
     "simclr": MethodSpec(
         config=simclr.SimCLRConfig(),
@@ -133,6 +138,7 @@ METHODS: dict[str, MethodSpec] = {
         views=camtrast.VIEWS,
         optimizer=camtrast.OPTIMIZER,
         summary="Labels, plus MoCo v2 between an image and itself with the class activation hidden (Sun et al. 2022).",
+        uses_labels=True,
     ),
     "camtrast_simsiam": MethodSpec(
         config=camtrast.CamtrastSimSiamConfig(),
@@ -141,6 +147,7 @@ METHODS: dict[str, MethodSpec] = {
         optimizer=camtrast.OPTIMIZER,
         summary="Labels, plus SimSiam between an image and itself with the class activation hidden (Sun et al. 2022).",
         zero_init_residual=True,
+        uses_labels=True,
     ),
     "camtrast_cam_only": MethodSpec(
         config=camtrast_ablations.CamtrastCAMOnlyConfig(),
@@ -148,6 +155,7 @@ METHODS: dict[str, MethodSpec] = {
         views=camtrast.VIEWS,
         optimizer=camtrast.OPTIMIZER,
         summary="CAMtrast without contrast: labels, with and without the class activation (Sun et al. 2022, Table 5).",
+        uses_labels=True,
     ),
     "camtrast_contrast_only_moco": MethodSpec(
         config=camtrast_ablations.CamtrastContrastOnlyMoCoConfig(),
@@ -155,6 +163,7 @@ METHODS: dict[str, MethodSpec] = {
         views=camtrast.VIEWS,
         optimizer=camtrast.OPTIMIZER,
         summary="CAMtrast with MoCo v2 whose hidden image is contrasted but not classified (Sun et al. 2022, Table 5).",
+        uses_labels=True,
     ),
     "camtrast_contrast_only_simsiam": MethodSpec(
         config=camtrast_ablations.CamtrastContrastOnlySimSiamConfig(),
@@ -163,6 +172,7 @@ METHODS: dict[str, MethodSpec] = {
         optimizer=camtrast.OPTIMIZER,
         summary="CAMtrast with SimSiam whose hidden image is contrasted but not classified (Sun et al. 2022, Table 5).",
         zero_init_residual=True,
+        uses_labels=True,
     ),
     "camtrast_code": MethodSpec(
         config=camtrast.CamtrastSimSiamConfig(
@@ -173,6 +183,7 @@ METHODS: dict[str, MethodSpec] = {
         optimizer=camtrast_code.OPTIMIZER_CODE,
         summary="CAMtrast with SimSiam as its released code trains it: two optimiser steps per batch.",
         zero_init_residual=True,
+        uses_labels=True,
     ),
     "rotation": MethodSpec(
         config=rotation.RotationConfig(),

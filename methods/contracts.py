@@ -119,6 +119,7 @@ class MethodSpec:
         zero_init_residual: whether the paper zero-initialises the last BatchNorm gain of each residual block.
         color_space: "lab" builds the backbone as two half-width networks on L and ab (CMC), see
             ``backbones.LabBackbone``; its views must say so with the recipe step ``to_lab``.
+        uses_labels: whether the labels of the images enter the loss.
     """
 
     config: Any
@@ -128,3 +129,4 @@ class MethodSpec:
     summary: str
     zero_init_residual: bool = False
     color_space: ColorSpace = "rgb"
+    uses_labels: bool = False

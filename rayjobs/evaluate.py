@@ -1,15 +1,17 @@
-"""Measure how well a checkpoint transfers.
+"""Measure how well checkpoints transfer, on frozen features.
 
-python rayjobs/evaluate.py --checkpoint results/pretrain --tasks linear knn few_shot entropy uniformity --json out.json
+One checkpoint:         python rayjobs/evaluate.py --checkpoint results/pretrain --tasks linear knn few_shot
+Several, compared:      python rayjobs/evaluate.py --checkpoint runs/supervised runs/moco --tasks few_shot cam
+Across domains:         python rayjobs/evaluate.py --checkpoint runs/tiered --tasks few_shot
+                            --data novel_classes=cifar_fs:DIR --image-size 32
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 if __package__ in (None, ""):  # run as a script: the project folder takes the place of this one on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -17,176 +19,115 @@ if __package__ in (None, ""):  # run as a script: the project folder takes the p
 from rich.console import Console
 from rich.table import Table
 
-from evaluation import TASKS, Features, Metric
-from image_data.prepare import DataConfig, prepare
-from image_data.prepared import PreparedData
-from rayjobs.checkpoint import load_config, local_directory
+from evaluation import Metric
 from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, plain, quiet_libraries, user_errors
-from rayjobs.configs import PretrainConfig
-from rayjobs.job import uses_memory
-from rayjobs.record import data_record, git_revision, package_versions
-from rayjobs.transfer import TransferResult, check_tasks, task_configs
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Frozen-feature transfer of one checkpoint.
-
-    Attributes:
-        checkpoint: folder (or URI) with backbone.safetensors and config.json.
-        tasks: downstream tasks.
-        phase: test reports held-out images and novel classes; val is for choosing hyperparameters.
-        image_size: side of the evaluation images in pixels; 0 takes the pretraining size.
-        use_gpu: extract features on GPUs.
-        num_workers: feature-extraction actors when the images are streamed by Ray Data.
-        cpus_per_worker: CPU cores per actor (or threads of this process).
-        stream: memory, ray (Ray Data actor pool) or auto, as in pretraining.
-        seed: seed of task lists and solvers; keep it the same for models that you compare.
-        json: file for the result: {"metrics": ..., "protocol": ..., "record": ...}.
-        experiment: MLflow experiment; empty logs nothing.
-        data: images; the default is what the checkpoint was pretrained on.
-    """
-
-    checkpoint: str = ""
-    tasks: tuple[str, ...] = ("linear", "knn", "few_shot", "entropy", "uniformity")
-    phase: Literal["val", "test"] = "test"
-    image_size: int = 0
-    use_gpu: bool = False
-    num_workers: int = 1
-    cpus_per_worker: float = 1.0
-    stream: Literal["auto", "memory", "ray"] = "auto"
-    seed: int = 0
-    json: str = ""
-    experiment: str = "evaluate"
-    data: DataConfig = field(default_factory=lambda: DataConfig(data=()))
+from rayjobs.evaluate_config import EvaluateConfig, EvaluateSetup, prepare_evaluation
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, check, evaluate, print, write."""
+    """Parse, check, evaluate, compare, print, write."""
     quiet_libraries()
     console = make_console()
     config = flat_parse(EvaluateConfig, None, argv, __doc__ or "")
     with user_errors():
-        if not config.checkpoint:
-            raise ValueError("--checkpoint is missing: give the folder of a pretraining run.")
-        if config.json and not Path(config.json).resolve().parent.is_dir():
-            raise ValueError(f"--json {config.json}: the folder does not exist.")
-        tasks = task_configs(config.tasks)
-        with local_directory(config.checkpoint) as directory:
-            pretrain, record = load_config(directory)
-        data = prepare(config.data if config.data.data else pretrain.data, log=plain(console))
-        check_tasks(tasks, config.phase, data)
-    settings = _settings(config, pretrain)
+        setup = prepare_evaluation(config, plain(console))
+    from rayjobs.evaluate_run import compared, evaluate_models
+    from rayjobs.result_files import write_files
+    from rayjobs.tune_session import write_json
+
+    finished = []
     try:
-        with local_directory(config.checkpoint) as directory:
-            result = _evaluate(config, settings, tasks, data, str(directory), console)
+        for one in evaluate_models(setup, console):
+            finished.append(one)
     except KeyboardInterrupt:
-        console.print("\nInterrupted; nothing was written.")
+        console.print(
+            f"\nInterrupted. What is finished is in {setup.output}; the same command goes on.", soft_wrap=True
+        )
         sys.exit(EXIT_INTERRUPTED)
-    full = {**result.to_json(), "record": _record(config, record, data)}
+    metrics, files, left_out = compared(setup, finished)
+    write_files(setup.output / "comparison", files, {})
+    together = {m.name: {"value": m.value, "ci95": m.ci95, "n": m.n} for m in metrics}
+    full = {"models": {one.model.name: one.full for one in finished}, "comparison": together}
+    shown = finished[0].full if len(finished) == 1 else full
+    write_json(setup.output / "evaluation.json", shown)
     if config.json:
-        Path(config.json).write_text(json.dumps(full, indent=2))
-    _print_table(config, result, console)
+        Path(config.json).expanduser().write_text(json.dumps(shown, indent=2))
+    _print_models(setup, [(one.model.name, one.full["metrics"]) for one in finished], console)
+    if metrics:
+        _print_comparison(metrics, console)
+    for task, reason in left_out.items():
+        console.print(f"[yellow]Not compared, {task}:[/yellow] {reason}")
+    for file in files:
+        console.print(f"Plot       {setup.output / 'comparison' / file.name}", soft_wrap=True)
+    console.print(f"Result     {setup.output / 'evaluation.json'}", soft_wrap=True)
     if config.experiment:
-        _log(config, pretrain, full, console)
+        _log(setup, finished, metrics, bool(files), console)
 
 
-def _settings(config: EvaluateConfig, pretrain: PretrainConfig) -> Any:
-    return replace(
-        pretrain.train,
-        image_size=config.image_size or pretrain.train.image_size,
-        use_gpu=config.use_gpu,
-        num_workers=config.num_workers,
-        cpus_per_worker=config.cpus_per_worker,
-        stream=config.stream,
-    )
-
-
-def _evaluate(
-    config: EvaluateConfig, settings: Any, tasks: dict[str, Any], data: PreparedData, directory: str, console: Console
-) -> TransferResult:
-    from rayjobs.checkpoint import load_backbone
-    from rayjobs.job import set_threads, worker_device
-    from rayjobs.transfer import evaluate_backbone
-
-    set_threads(settings)
-    backbone, _, _ = load_backbone(directory)
-
-    def show(metric: Metric) -> None:
-        console.print(f"  {metric.name:<28} {_text(metric)}")
-
-    needed = {split for name, task in tasks.items() for split in TASKS[name].splits(task, config.phase)}
-    streamed = [name for name in needed if not uses_memory(settings, data, name)]
-    if not streamed:
-        device = worker_device(settings)
-        return evaluate_backbone(
-            backbone.to(device), tasks, config.phase, data, settings, device, config.seed, on_metric=show
-        )
-    from rayjobs.cluster import connect_for, shutdown
-    from rayjobs.feature_pass import ray_features
-
-    with user_errors():
-        connect_for(settings, uses_ray_data=True)
-    try:
-
-        def features(split: str) -> Features:
-            console.print(f"  features of {split}: {data.split(split).num_images} images")
-            return ray_features(directory, data.split(split), settings)
-
-        device = worker_device(replace(settings, use_gpu=False))
-        return evaluate_backbone(
-            backbone, tasks, config.phase, data, settings, device, config.seed, features=features, on_metric=show
-        )
-    finally:
-        shutdown()
-
-
-def _record(config: EvaluateConfig, pretrain_record: dict[str, Any], data: PreparedData) -> dict[str, Any]:
-    return {
-        "checkpoint": config.checkpoint,
-        "pretraining": pretrain_record,
-        "data": data_record(data),
-        "versions": package_versions(),
-        "git": git_revision(),
-        "seed": config.seed,
-        "phase": config.phase,
-    }
-
-
-def _text(metric: Metric) -> str:
-    interval = "" if metric.ci95 is None else f" ± {metric.ci95:.2f}"
-    count = "" if metric.n is None else f"   n = {metric.n}"
-    return f"{_value(metric)}{interval}{count}"
-
-
-def _value(metric: Metric) -> str:
+def _cell(metric: dict[str, Any] | None) -> str:
     """Two decimals beside an interval; four digits for the rest, learning rates among them."""
-    return f"{metric.value:.4g}" if metric.ci95 is None else f"{metric.value:.2f}"
+    if metric is None:
+        return ""
+    return f"{metric['value']:.4g}" if metric["ci95"] is None else f"{metric['value']:.2f} ± {metric['ci95']:.2f}"
 
 
-def _print_table(config: EvaluateConfig, result: TransferResult, console: Console) -> None:
-    table = Table()
-    for name in ("metric", "value", "± 95 %", "n"):
-        table.add_column(name, justify="left" if name == "metric" else "right")
-    for metric in result.metrics:
-        interval = "" if metric.ci95 is None else f"{metric.ci95:.2f}"
-        table.add_row(metric.name, _value(metric), interval, "" if metric.n is None else str(metric.n))
-    console.print(f"\n{config.checkpoint}, {config.phase} split", markup=False, soft_wrap=True)
+def _print_models(setup: EvaluateSetup, models: list[tuple[str, dict[str, Any]]], console: Console) -> None:
+    """Metrics down, models across."""
+    table = Table(title=f"{setup.config.phase} split", title_justify="left")
+    table.add_column("metric", no_wrap=True)
+    for name, _ in models:
+        table.add_column(name, justify="right", overflow="fold")
+    for metric in models[0][1]:
+        table.add_row(metric, *[_cell(metrics.get(metric)) for _, metrics in models])
+    table.caption = "± half width of the 95 % interval over tasks or images of one model, not over seeds"
+    console.print()
     console.print(table)
 
 
-def _log(config: EvaluateConfig, pretrain: PretrainConfig, full: dict[str, Any], console: Console) -> None:
+def _print_comparison(metrics: list[Metric], console: Console) -> None:
+    table = Table(title="Models compared, entry by entry on the same images and tasks", title_justify="left")
+    table.add_column("metric", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
+    for m in metrics:
+        count = "" if m.n is None else f"{m.n:,}"
+        table.add_row(m.name, _cell({"value": m.value, "ci95": m.ci95}), count)
+    console.print(table)
+
+
+def _log(setup: EvaluateSetup, finished: list[Any], metrics: list[Metric], plots: bool, console: Console) -> None:
+    """One MLflow run per model; several get a parent run with what they have in common."""
     from rayjobs.tracking import Tracker, default_tracking_uri, tracking_summary
     from rayjobs.trial_log import flat_parameters, log_transfer
 
-    tracker = Tracker(config.experiment, Path("results") / "mlflow-pending.jsonl", log=plain(console))
-    key = f"{config.checkpoint}/{config.phase}/{full['record']['data']['fingerprint']}/{config.seed}"
-    name = f"{pretrain.method} {Path(config.checkpoint).name}"
-    run = tracker.run(name, {"key": key, "kind": "evaluate", "method": pretrain.method})
-    run.params({**flat_parameters(pretrain), "checkpoint": config.checkpoint, "phase": config.phase})
-    log_transfer(run, {config.phase: full}, pretrain.train.epochs)
-    run.json(full["record"], "record.json")
-    run.end("FINISHED")
+    config = setup.config
+    tracker = Tracker(config.experiment, setup.output / "mlflow-pending.jsonl", log=plain(console))
+    parent = None
+    if len(finished) > 1:
+        key = "/".join(one.model.key for one in finished)
+        parent = tracker.run(" vs ".join(one.model.name for one in finished)[:200], {"key": key, "kind": "evaluation"})
+        parent.params(
+            {"checkpoints": " ".join(config.checkpoint), "tasks": " ".join(setup.tasks), "phase": config.phase}
+        )
+        parent.metrics({f"comparison/{metric.name}": metric.value for metric in metrics})
+        parent.artifact(setup.output / "evaluation.json")
+        if plots:
+            parent.artifact(setup.output / "comparison", "comparison")
+    for one in finished:
+        pretrain = one.model.pretrain
+        tags = {
+            "key": f"{one.model.location}/{one.model.key}",
+            "kind": "evaluate",
+            "method": one.full["info"]["method"],
+        }
+        run = tracker.run(f"{pretrain.method} {one.model.name}", tags, parent)
+        run.params({**flat_parameters(pretrain), "checkpoint": one.model.location, "phase": config.phase})
+        log_transfer(run, {config.phase: one.full}, pretrain.train.epochs)
+        run.json(one.full["record"], "record.json")
+        run.artifact(one.folder, f"evaluation_{config.phase}")
+        run.end("FINISHED")
+    if parent is not None:
+        parent.end("FINISHED")
     tracker.close(60)
     console.print(f"MLflow     {tracking_summary(default_tracking_uri())}   experiment {config.experiment}")
 

@@ -3,45 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from evaluation import TASKS, EvaluationContext, Features, Metric, Phase
-from evaluation.features import FeatureCache, make_context
-from image_data import RECIPES
-from image_data.contracts import ImageBatch
-from image_data.prepared import PreparedData
-from image_data.store import DecodedStore
-from image_data.stream import MemoryStream
+from evaluation import TASKS, Artifact, EvaluationContext, Features, Metric, ModelResult, Output, Phase
+from evaluation.features import FeatureCache, extract_features, feature_batches, frozen
+from evaluation.metric import ViewFeatures
+from image_data.prepared import PreparedData, SplitInfo
+from methods import METHODS
 from rayjobs.checkpoint import load_backbone
-from rayjobs.configs import TrainConfig
+from rayjobs.configs import PretrainConfig, TrainConfig
+from rayjobs.split_reader import SplitReader, evaluation_view
 
 __all__ = [
+    "FeatureAccess",
     "TaskConfigs",
     "TransferResult",
     "check_tasks",
+    "compare_models",
     "evaluate_backbone",
     "evaluate_checkpoint",
+    "local_features",
+    "pretraining_info",
+    "split_key",
     "task_configs",
     "task_of",
 ]
 
 TaskConfigs = Mapping[str, Any]  # task name -> its frozen config
-FEATURE_BATCH = 256  # images per forward pass of the frozen backbone
 
 
 @dataclass(frozen=True)
 class TransferResult:
-    """Metrics of one checkpoint and, per task, the protocol that produced them."""
+    """What one evaluation of a checkpoint gave.
+
+    Attributes:
+        metrics: in the order of the tasks.
+        protocol: task -> how its metrics were computed; and phase, image size and view.
+        artifacts: files.
+        samples: values per task, image or class, by name.
+    """
 
     metrics: list[Metric]
     protocol: dict[str, Any]
+    artifacts: list[Artifact] = field(default_factory=list)
+    samples: dict[str, np.ndarray] = field(default_factory=dict)
 
     def value(self, name: str) -> float:
         """A metric's value by name."""
@@ -51,6 +64,21 @@ class TransferResult:
         """``{"metrics": {name: {"value", "ci95", "n"}}, "protocol": {...}}``."""
         metrics = {m.name: {"value": m.value, "ci95": m.ci95, "n": m.n} for m in self.metrics}
         return {"metrics": metrics, "protocol": self.protocol}
+
+
+@dataclass(frozen=True)
+class FeatureAccess:
+    """How an evaluation gets at the frozen features: computed in this process, or by a pool of Ray actors.
+
+    Attributes:
+        features: split -> features of the evaluation view.
+        view_features: passes over augmented views.
+        domains: further data sets: name -> split -> features.
+    """
+
+    features: Callable[[str], Features]
+    view_features: ViewFeatures
+    domains: Mapping[str, Callable[[str], Features]] = field(default_factory=dict)
 
 
 def task_configs(names: Sequence[str], **overrides: Any) -> dict[str, Any]:
@@ -86,6 +114,32 @@ def check_tasks(tasks: TaskConfigs, phase: Phase, data: PreparedData) -> None:
         TASKS[name].check(config, phase, counts)
 
 
+def pretraining_info(config: PretrainConfig, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What tasks and plots may know of a checkpoint's pretraining; an untrained backbone has seen no class."""
+    trained = config.train.epochs > 0
+    return {
+        "method": config.method if trained else "random_init",
+        "num_classes": record["data"]["splits"]["train"]["classes"] if trained else 0,
+        "labels_used": trained and METHODS[config.method].uses_labels,
+        "seed": config.train.seed,
+    }
+
+
+def local_features(
+    backbone: nn.Module, data: PreparedData, settings: TrainConfig, phase: Phase, seed: int, device: torch.device
+) -> FeatureAccess:
+    """Features computed in this process."""
+    reader = SplitReader(data, settings, phase, seed)
+
+    def features(split: str) -> Features:
+        return extract_features(backbone, reader.batches(split), data.split(split).class_names, device)
+
+    def view_features(split: str, recipe: str, **options: Any) -> Any:
+        return feature_batches(backbone, reader.views(split, recipe, **options), device)
+
+    return FeatureAccess(features, view_features)
+
+
 def evaluate_backbone(
     backbone: nn.Module,
     tasks: TaskConfigs,
@@ -94,42 +148,56 @@ def evaluate_backbone(
     settings: TrainConfig,
     device: torch.device,
     seed: int = 0,
-    features: Callable[[str], Features] | None = None,
-    on_metric: Callable[[Metric], None] | None = None,
+    access: FeatureAccess | None = None,
+    info: Mapping[str, Any] | None = None,
+    on_output: Callable[[Output], None] | None = None,
 ) -> TransferResult:
     """Run frozen tasks.
 
     Args:
-        backbone: the network; left as it was (mode, weights, BatchNorm statistics).
+        backbone: the network, on ``device``; left as it was (mode, weights, BatchNorm statistics).
         tasks: task name -> config.
         phase: "val" never touches test images or novel classes; "test" is for the report.
         data: prepared data.
         settings: image size and where the images are read from.
         device: where the forward passes run.
         seed: seed of task lists and solvers; the same for all models, so that comparisons are paired.
-        features: another way to get a split's features (a Ray Data actor pool); default: this process.
-        on_metric: called as each metric is known.
+        access: another way to the features (a Ray Data actor pool, further data sets); default: this process.
+        info: of the pretraining, see ``pretraining_info``.
+        on_output: called as each metric, file or sample is known.
     """
-    if features is None:
-        batches = partial(feature_batches, data=data, settings=settings)
-        context = make_context(
-            backbone, batches, lambda split: data.split(split).class_names, phase, seed, str(device), autocast=False
-        )
+    found = access or local_features(backbone, data, settings, phase, seed, device)
+    context = EvaluationContext(
+        features=FeatureCache(found.features),
+        phase=phase,
+        seed=seed,
+        device=str(device),
+        backbone=backbone,
+        view_features=found.view_features,
+        images=SplitReader(data, settings, phase, seed).images,
+        domains={name: FeatureCache(features) for name, features in found.domains.items()},
+        info=info or {},
+    )
+    result = TransferResult(
+        [], {"phase": phase, "image_size": settings.image_size, "view": evaluation_view().to_json()}
+    )
+    with frozen(backbone):
+        for name, config in tasks.items():
+            for output in TASKS[name].evaluate(config, context):
+                _keep(result, output)
+                if on_output is not None:
+                    on_output(output)
+            result.protocol[name] = TASKS[name].protocol(config, phase)
+    return result
+
+
+def _keep(result: TransferResult, output: Output) -> None:
+    if isinstance(output, Metric):
+        result.metrics.append(output)
+    elif isinstance(output, Artifact):
+        result.artifacts.append(output)
     else:
-        context = EvaluationContext(FeatureCache(features), phase, seed, str(device))
-    metrics: list[Metric] = []
-    protocol: dict[str, Any] = {
-        "phase": phase,
-        "image_size": settings.image_size,
-        "view": RECIPES["evaluation"].to_json(),
-    }
-    for name, config in tasks.items():
-        for metric in TASKS[name].evaluate(config, context):
-            metrics.append(metric)
-            if on_metric is not None:
-                on_metric(metric)
-        protocol[name] = TASKS[name].protocol(config, phase)
-    return TransferResult(metrics, protocol)
+        result.samples[output.name] = output.values
 
 
 def evaluate_checkpoint(
@@ -144,26 +212,41 @@ def evaluate_checkpoint(
     """Load the backbone of a local checkpoint folder and evaluate it in this process."""
     from rayjobs.job import worker_device
 
-    backbone, _, _ = load_backbone(directory)
+    backbone, config, record = load_backbone(directory)
     where = device or worker_device(settings)
-    return evaluate_backbone(backbone.to(where), tasks, phase, data, settings, where, seed)
+    info = pretraining_info(config, record)
+    return evaluate_backbone(backbone.to(where), tasks, phase, data, settings, where, seed, info=info)
 
 
-def feature_batches(split: str, data: PreparedData, settings: TrainConfig) -> Iterator[ImageBatch]:
-    """Every image of a split once, resized and centre-cropped."""
-    from rayjobs.job import uses_memory
+def split_key(info: SplitInfo) -> str:
+    """Equal for splits of the same images: classes, their sizes and the bytes of all images."""
+    record = (info.class_names, info.class_counts, info.num_images, info.num_bytes, info.decoded_bytes)
+    return hashlib.sha256(repr(record).encode()).hexdigest()[:16]
 
-    info = data.split(split)
-    recipe = [RECIPES["evaluation"]]
-    threads = max(1, int(settings.cpus_per_worker))
-    order: dict[str, Any] = dict(
-        image_size=settings.image_size, batch_size=FEATURE_BATCH, shuffle=False, drop_last=False
-    )
-    if uses_memory(settings, data, split):
-        store = DecodedStore.open(info, data.directory, threads=threads)
-        stream: Any = MemoryStream(store, recipe, threads=threads, **order)
-    else:
-        from image_data.ray_stream import RayDataStream
 
-        stream = RayDataStream(info, recipe, **order)
-    return stream.epoch(0)
+def compare_models(
+    tasks: TaskConfigs, models: Sequence[ModelResult], same_images: Callable[[str], bool]
+) -> tuple[list[Metric], list[Artifact], dict[str, str]]:
+    """What tasks have to say about several models together.
+
+    Args:
+        tasks: task name -> config.
+        models: the evaluated models.
+        same_images: task name -> whether all models were scored on the same images, so that entries can be paired.
+
+    Returns:
+        Metrics, files, and for each task that was left out the reason.
+    """
+    metrics: list[Metric] = []
+    files: list[Artifact] = []
+    left_out: dict[str, str] = {}
+    for name, config in tasks.items():
+        spec = TASKS[name]
+        if spec.compare is None or len(models) < 2:
+            continue
+        if spec.paired and not same_images(name):
+            left_out[name] = "the models were scored on different images, so nothing can be paired"
+            continue
+        for output in spec.compare(config, models):
+            (metrics if isinstance(output, Metric) else files).append(output)  # type: ignore[arg-type]
+    return metrics, files, left_out

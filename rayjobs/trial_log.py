@@ -17,6 +17,7 @@ from rayjobs.checkpoint import save_transfer_checkpoint
 from rayjobs.configs import PretrainConfig, config_hash, to_dict
 from rayjobs.ray_tune import SweepPlan, run_label, run_name, trial_config
 from rayjobs.record import trial_record
+from rayjobs.result_files import copy_files
 from rayjobs.tracking import RunHandle, Tracker
 
 __all__ = [
@@ -193,6 +194,7 @@ class TrialLog:
                 )
         elif "transfer" in report:
             self._log_checkpoint(run, report["checkpoint_path"])
+            self._log_files(run, report.get("files") or {})
             run.tags({"outcome": "finished"})
             run.end("FINISHED")
             phase = next(iter(report["transfer"].values()))
@@ -221,6 +223,14 @@ class TrialLog:
         save_transfer_checkpoint(path, staging / "checkpoint")
         run.artifact(staging / "checkpoint", "checkpoint")
         run.remove(staging)
+
+    def _log_files(self, run: RunHandle, places: Mapping[str, str]) -> None:
+        """Plots and samples of the evaluation, as artifacts of each phase."""
+        for phase, place in places.items():
+            staging = Path(tempfile.mkdtemp(prefix="artifact-"))
+            copy_files(place, staging / phase)
+            run.artifact(staging / phase, f"evaluation_{phase}")
+            run.remove(staging)
 
     def _say(self, trial_id: str, event: str, text: str) -> None:
         count = f"{self._label} {self._numbers[trial_id]:>2}/{self._total}"

@@ -168,6 +168,7 @@ def _row(plan: SweepPlan, trial: Any, number: int) -> dict[str, Any]:
         "collapsed": has_collapsed(result),
         "pretext": result.get("pretext", {}),
         "transfer": result.get("transfer", {}),
+        "files": result.get("files", {}),
         "checkpoint": result.get("checkpoint_path"),
         "config": to_dict(config),
     }

@@ -14,10 +14,10 @@ from evaluation.features import (
     FeatureExtractor,
     assemble_features,
     extract_features,
+    feature_batches,
     frozen,
-    make_context,
 )
-from evaluation.metric import Features, get_features
+from evaluation.metric import EvaluationContext, Features, get_features
 from image_data.contracts import ImageBatch
 
 NAMES = ("a", "b", "c")
@@ -133,14 +133,25 @@ def test_assembly_refuses_repeated_missing_and_unnamed() -> None:
         assemble_features([(part[0], part[1], np.arange(3))], NAMES[:2])
 
 
-def test_context_extracts_each_split_once_and_guards_the_phase() -> None:
-    x, passes = images(), []
+def test_a_pass_over_views_leaves_the_backbone_as_it_was() -> None:
+    backbone, x = make_backbone().train(), images()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    parts = list(feature_batches(backbone, batches(x, np.arange(20))))
+    assert [batch.features.shape[0] for batch in parts] == [len(b.index) for b in batches(x, np.arange(20))]
+    found = extract_features(backbone, batches(x, np.arange(20)), NAMES)
+    np.testing.assert_array_equal(np.concatenate([batch.features for batch in parts]), found.features)
+    assert backbone.training
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
-    def split_batches(split: str) -> Iterator[ImageBatch]:
+
+def test_context_guards_the_phase() -> None:
+    passes = []
+
+    def features(split: str) -> Features:
         passes.append(split)
-        return batches(x, np.arange(20))
+        return extract_features(make_backbone(), batches(images(), np.arange(20)), NAMES)
 
-    context = make_context(make_backbone(), split_batches, lambda split: NAMES, "val", seed=3)
+    context = EvaluationContext(FeatureCache(features), "val", seed=3)
     first = get_features(context, "train")
     assert get_features(context, "train") is first
     assert get_features(context, "val_classes") is not first
@@ -148,14 +159,15 @@ def test_context_extracts_each_split_once_and_guards_the_phase() -> None:
     with pytest.raises(ValueError, match="phase 'val'"):
         get_features(context, "test")
     assert passes == ["train", "val_classes"]
-    assert (context.phase, context.seed, context.device) == ("val", 3, "cpu")
 
 
 def test_a_diverged_backbone_is_named() -> None:
     backbone = make_backbone()
     with torch.no_grad():
         backbone.norm.running_mean[0] = float("nan")
-    context = make_context(backbone, lambda split: batches(images(), np.arange(20)), lambda split: NAMES, "val")
+    context = EvaluationContext(
+        lambda split: extract_features(backbone, batches(images(), np.arange(20)), NAMES), "val"
+    )
     with pytest.raises(ValueError, match=r"20 of 20 feature vectors .* pretraining diverged"):
         get_features(context, "train")
 

@@ -83,6 +83,23 @@ def _backbone(name: str) -> nn.Module:
     return TinyBackbone()
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_uses_labels_says_whether_labels_enter_the_loss(name: str) -> None:
+    def losses(shift: int) -> list[float]:
+        method = _build(name).double()
+        found = []
+        for step in range(3):
+            batch = make_batch(len(METHODS[name].views), seed=step)
+            labels = (batch.labels * (1 if shift == 0 else 3) + shift * batch.index) % 4
+            torch.manual_seed(step)
+            found.append(float(method(Batch(batch.views, labels, batch.index), progress(step)).loss.detach()))
+            method.after_step(progress(step))
+        return found
+
+    assert (losses(0) != losses(1)) == METHODS[name].uses_labels
+
+
+
 def _batch(name: str, step: int) -> Batch:
     """As many views as the method takes; SwAV's small crops are smaller."""
     views = METHODS[name].views

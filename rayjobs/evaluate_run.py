@@ -1,0 +1,229 @@
+"""One evaluation from the checked configuration to the files: every checkpoint by itself, then all together."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from evaluation import TASKS, Artifact, Features, Metric, ModelResult, Output
+from rayjobs.checkpoint import load_backbone, local_directory
+from rayjobs.cli import user_errors
+from rayjobs.evaluate_config import EvaluateSetup, Model
+from rayjobs.job import set_threads, uses_memory, worker_device
+from rayjobs.record import data_record, git_revision, package_versions
+from rayjobs.result_files import read_samples, write_files
+from rayjobs.transfer import (
+    FeatureAccess,
+    TransferResult,
+    compare_models,
+    evaluate_backbone,
+    local_features,
+    pretraining_info,
+    split_key,
+)
+from rayjobs.tune_session import write_json
+
+__all__ = ["RESULT", "Evaluated", "compared", "evaluate_models", "metric_line"]
+
+RESULT, PARTIAL = "result.json", "partial.json"
+
+
+class Evaluated:
+    """One finished evaluation.
+
+    Attributes:
+        model: the checkpoint.
+        full: ``{"metrics", "protocol", "record", "info", "key"}``, what ``result.json`` holds.
+        samples: values behind the metrics.
+        folder: where its files are.
+    """
+
+    def __init__(self, model: Model, full: dict[str, Any], samples: Mapping[str, Any], folder: Path) -> None:
+        self.model, self.full, self.samples, self.folder = model, full, samples, folder
+
+    def result(self) -> ModelResult:
+        """As a task's ``compare`` sees it."""
+        metrics = {name: Metric(name, m["value"], m["ci95"], m["n"]) for name, m in self.full["metrics"].items()}
+        info = self.full["info"]
+        return ModelResult(self.model.name, info["method"], info["num_classes"], metrics, self.samples)
+
+
+def evaluate_models(setup: EvaluateSetup, console: Console) -> Iterator[Evaluated]:
+    """Evaluate the checkpoints one after the other; each is on disk before the next begins."""
+    set_threads(setup.models[0].settings)
+    with _cluster(setup) as on_cluster:
+        for model in setup.models:
+            folder = setup.output / model.name
+            stored = _stored(folder, model)
+            if len(setup.models) > 1:
+                console.print(f"\n[bold]{model.name}[/bold]  {model.location}", soft_wrap=True)
+            if stored is not None:
+                console.print(f"  evaluated before with these settings: {folder / RESULT}", soft_wrap=True)
+                yield Evaluated(model, stored, read_samples(folder), folder)
+                continue
+            result, info = _evaluate(setup, model, folder, console, on_cluster)
+            full = {**result.to_json(), "record": _record(setup, model), "info": info, "key": model.key}
+            write_files(folder, result.artifacts, result.samples)
+            write_json(folder / RESULT, full)
+            (folder / PARTIAL).unlink(missing_ok=True)
+            yield Evaluated(model, full, result.samples, folder)
+
+
+def _stored(folder: Path, model: Model) -> dict[str, Any] | None:
+    path = folder / RESULT
+    stored = json.loads(path.read_text()) if path.is_file() else None
+    return stored if stored is not None and stored.get("key") == model.key else None
+
+
+def _evaluate(
+    setup: EvaluateSetup, model: Model, folder: Path, console: Console, on_cluster: bool
+) -> tuple[TransferResult, dict[str, Any]]:
+    """One model; what is known so far is written as it comes, so that an interruption loses one task at most."""
+    config = setup.config
+    known: dict[str, Any] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(output: Output) -> None:
+        if isinstance(output, Metric):
+            console.print(f"  {metric_line(output)}")
+            known[output.name] = {"value": output.value, "ci95": output.ci95, "n": output.n}
+            write_json(folder / PARTIAL, {"metrics": known})
+        elif isinstance(output, Artifact):
+            write_files(folder, [output], {})
+            console.print(f"  {folder / output.name}", soft_wrap=True, highlight=False)
+
+    with local_directory(model.location) as directory:
+        backbone, _, _ = load_backbone(directory)
+        device = worker_device(replace(model.settings, use_gpu=False) if on_cluster else model.settings)
+        backbone = backbone.to(device)
+        access = _access(setup, model, backbone, device, str(directory), console)
+        info = pretraining_info(model.pretrain, model.record)
+        known_to_tasks = {**info, **_executors(setup, str(directory), on_cluster)}
+        result = evaluate_backbone(
+            backbone,
+            setup.tasks,
+            config.phase,
+            model.data,
+            model.settings,
+            device,
+            config.seed,
+            access=access,
+            info=known_to_tasks,
+            on_output=keep,
+        )
+    return result, info
+
+
+def _access(
+    setup: EvaluateSetup,
+    model: Model,
+    backbone: torch.nn.Module,
+    device: torch.device,
+    directory: str,
+    console: Console,
+) -> FeatureAccess:
+    """Features of each split where its images are: in this process, or in a pool of Ray actors."""
+    config, settings = setup.config, model.settings
+    local = local_features(backbone, model.data, settings, config.phase, config.seed, device)
+
+    def features(split: str) -> Features:
+        if uses_memory(settings, model.data, split):
+            return local.features(split)
+        from rayjobs.feature_pass import ray_features
+
+        console.print(f"  features of {split}: {model.data.split(split).num_images:,} images")
+        return ray_features(directory, model.data.split(split), settings)
+
+    def view_features(split: str, recipe: str, **options: Any) -> Any:
+        if uses_memory(settings, model.data, split):
+            return local.view_features(split, recipe, **options)
+        from rayjobs.feature_pass import ray_view_features
+
+        return ray_view_features(directory, model.data.split(split), settings, recipe, seed=config.seed, **options)
+
+    def domain_features(split: str, name: str) -> Features:
+        data = setup.domains[name]
+        if uses_memory(settings, data, split):
+            return local_features(backbone, data, settings, config.phase, config.seed, device).features(split)
+        from rayjobs.feature_pass import ray_features
+
+        return ray_features(directory, data.split(split), settings)
+
+    domains = {name: partial(domain_features, name=name) for name in setup.domains}
+    return FeatureAccess(features, view_features, domains)
+
+
+def _executors(setup: EvaluateSetup, directory: str, on_cluster: bool) -> dict[str, Any]:
+    """How tasks with minutes of work per image reach the cluster."""
+    return {}
+
+
+@contextmanager
+def _cluster(setup: EvaluateSetup) -> Iterator[bool]:
+    """A Ray cluster where images are streamed by Ray Data, or where several inversions run at once."""
+    if not _needs_cluster(setup):
+        yield False
+        return
+    from rayjobs.cluster import connect_for, shutdown
+
+    with user_errors():
+        connect_for(setup.models[0].settings, uses_ray_data=True)
+    try:
+        yield True
+    finally:
+        shutdown()
+
+
+def _needs_cluster(setup: EvaluateSetup) -> bool:
+    if "inversion" in setup.tasks and setup.config.num_workers > 1:
+        return True
+    splits = {split for name, task in setup.tasks.items() for split in TASKS[name].splits(task, setup.config.phase)}
+    streamed = [
+        not uses_memory(model.settings, model.data, split) for model in setup.models for split in sorted(splits)
+    ]
+    settings = setup.models[0].settings
+    streamed += [not uses_memory(settings, data, split) for data in setup.domains.values() for split in data.splits]
+    return any(streamed)
+
+
+def _record(setup: EvaluateSetup, model: Model) -> dict[str, Any]:
+    return {
+        "checkpoint": model.location,
+        "pretraining": model.record,
+        "data": data_record(model.data),
+        "domains": {name: data_record(data) for name, data in setup.domains.items()},
+        "versions": package_versions(),
+        "git": git_revision(),
+        "cpus": os.cpu_count(),
+        "seed": setup.config.seed,
+        "phase": setup.config.phase,
+    }
+
+
+def compared(setup: EvaluateSetup, evaluated: list[Evaluated]) -> tuple[list[Metric], list[Artifact], dict[str, str]]:
+    """What the tasks say of all models together; nothing for a single one."""
+
+    def same_images(task: str) -> bool:
+        split = TASKS[task].protocol(setup.tasks[task], setup.config.phase)["split"]
+        if task == "domains":
+            return True
+        return len({split_key(model.data.split(split)) for model in setup.models}) == 1
+
+    return compare_models(setup.tasks, [one.result() for one in evaluated], same_images)
+
+
+def metric_line(metric: Metric) -> str:
+    """Name, value, interval and sample count on one line."""
+    interval = "" if metric.ci95 is None else f" ± {metric.ci95:.2f}"
+    count = "" if metric.n is None else f"   n = {metric.n}"
+    value = f"{metric.value:.4g}" if metric.ci95 is None else f"{metric.value:.2f}"
+    return f"{metric.name:<36} {value}{interval}{count}"

@@ -1,0 +1,48 @@
+"""Options of every downstream task as flags: ``--few-shot.shots 1 5 10``, ``--knn.num-neighbors 20``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from evaluation import TASKS
+
+__all__ = ["FROZEN_SUITE", "TaskOptions", "chosen_tasks"]
+
+# Every task on frozen features that the data of any checkpoint allow: no further data sets, no minutes per image.
+FROZEN_SUITE = tuple(name for name in TASKS if name not in ("domains", "inversion"))
+
+TaskOptions: Any = dataclasses.make_dataclass(
+    "TaskOptions",
+    [(name, type(spec.config), dataclasses.field(default=spec.config)) for name, spec in TASKS.items()],
+    frozen=True,
+    namespace={"__module__": __name__},  # found by pickle under this name
+)
+TaskOptions.__doc__ = "Options of the downstream tasks, one group each; used where the task is among --tasks."
+
+
+def chosen_tasks(names: Sequence[str], options: Any) -> dict[str, Any]:
+    """The chosen tasks with their options; "frozen" stands for ``FROZEN_SUITE``.
+
+    Args:
+        names: tasks.
+        options: a ``TaskOptions``.
+
+    Raises:
+        ValueError: an unknown task, or options of a task that was not chosen (an option is never ignored).
+    """
+    wanted = list(dict.fromkeys(task for name in names for task in (FROZEN_SUITE if name == "frozen" else (name,))))
+    unknown = [name for name in wanted if name not in TASKS]
+    if unknown:
+        raise ValueError(
+            f"Unknown task {', '.join(unknown)}. Known tasks: {', '.join(TASKS)}; frozen stands for all of them but "
+            f"{', '.join(name for name in TASKS if name not in FROZEN_SUITE)}."
+        )
+    unused = [name for name in TASKS if name not in wanted and getattr(options, name) != TASKS[name].config]
+    if unused:
+        raise ValueError(
+            f"Options of {', '.join(unused)} were given, but --tasks is {' '.join(names)}. Add the task to --tasks, or "
+            "drop its options."
+        )
+    return {name: getattr(options, name) for name in wanted}
