@@ -6,59 +6,94 @@ import dataclasses
 import inspect
 import json
 import math
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from evaluation import TASKS, EvaluationContext, Features, Phase
+from evaluation import TASKS, Artifact, Metric, ModelResult, Output, Phase, Samples
 from evaluation.metric import REPORT_SPLITS
-from tests.evaluation.synthetic import five_splits
+from tests.evaluation.synthetic import ImageSplits, PatchBackbone, image_context
 
 PHASES: tuple[Phase, ...] = ("val", "test")
-QUICK = {
+QUICK: dict[str, dict[str, Any]] = {
     "linear": {"epochs": 3, "batch_size": 64},
     "knn": {"num_neighbors": 20},
     "few_shot": {"num_tasks": 10},
     "entropy": {},
     "uniformity": {},
 }
-SPLITS = five_splits(per_class=30)
+IMAGES = ImageSplits()
+
+
+def _run(name: str, phase: Phase, asked: list[str] | None = None, seed: int = 0) -> tuple[Any, list[Output]]:
+    """The task with quick options on small pictures: its config and all it yields."""
+    spec = TASKS[name]
+    config = dataclasses.replace(spec.config, **QUICK[name])
+    spec.check(config, phase, IMAGES.counts())
+    return config, list(spec.evaluate(config, image_context(IMAGES, phase, seed, asked=asked)))
 
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.filterwarnings("ignore:linear. the best learning rate")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_task_reads_what_it_declares_and_yields_what_it_names(name: str, phase: Phase) -> None:
-    spec = TASKS[name]
-    config = dataclasses.replace(spec.config, **QUICK[name])
-    asked: list[str] = []
-
-    def features(split: str) -> Features:
-        asked.append(split)
-        return SPLITS[split]
-
-    spec.check(config, phase, {split: found.class_counts for split, found in SPLITS.items()})
-    metrics = list(spec.evaluate(config, EvaluationContext(features, phase)))
-    assert set(asked) == set(spec.splits(config, phase))
+    spec, asked = TASKS[name], []
+    config, outputs = _run(name, phase, asked)
+    assert set(asked) <= set(spec.splits(config, phase))
     if phase == "val":
         assert not set(asked) & set(REPORT_SPLITS)
-    names = [metric.name for metric in metrics]
-    assert len(set(names)) == len(names)
-    assert set(spec.metric_names(config)) <= set(names)
+    metrics = [output for output in outputs if isinstance(output, Metric)]
+    names = [output.name for output in outputs]
+    assert len(set(metric.name for metric in metrics)) == len(metrics)
+    assert set(spec.metric_names(config)) <= {metric.name for metric in metrics}
+    assert all(found.startswith(f"{name}/") and found == found.lower() for found in names)
     for metric in metrics:
-        assert metric.name.startswith(f"{name}/")
-        assert metric.name == metric.name.lower()
         assert type(metric.value) is float
         assert math.isfinite(metric.value)
         assert metric.ci95 is None or (type(metric.ci95) is float and metric.ci95 >= 0)
         assert metric.n is None or type(metric.n) is int
+    for output in outputs:
+        if isinstance(output, Artifact):
+            assert output.data[:4] == b"\x89PNG" or not output.name.endswith(".png")
+        if isinstance(output, Samples):
+            assert isinstance(output.values, np.ndarray)
 
 
 @pytest.mark.parametrize("name", TASKS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_same_seed_same_numbers(name: str) -> None:
-    spec = TASKS[name]
-    config = dataclasses.replace(spec.config, **QUICK[name])
-    context = EvaluationContext(SPLITS.__getitem__, "val", seed=5)
-    assert list(spec.evaluate(config, context)) == list(spec.evaluate(config, context))
+    first, second = _run(name, "val", seed=5)[1], _run(name, "val", seed=5)[1]
+    for a, b in zip(first, second, strict=True):
+        assert a.name == b.name
+        if isinstance(a, Samples):
+            np.testing.assert_array_equal(a.values, b.values)
+        elif isinstance(a, Metric):
+            assert a == b
+
+
+@pytest.mark.parametrize("name", [name for name, spec in TASKS.items() if spec.compare])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_models_are_compared(name: str) -> None:
+    models = []
+    for number, method in enumerate(("moco_v2", "supervised")):
+        torch.manual_seed(number)
+        backbone = PatchBackbone()
+        if number:
+            nn.init.normal_(backbone.conv2.weight)
+        spec = TASKS[name]
+        config = dataclasses.replace(spec.config, **QUICK[name])
+        outputs = list(spec.evaluate(config, image_context(IMAGES, "test", backbone=backbone)))
+        metrics = {output.name: output for output in outputs if isinstance(output, Metric)}
+        samples = {output.name: output.values for output in outputs if isinstance(output, Samples)}
+        models.append(ModelResult(f"model {number}", method, 6 * (number + 1), metrics, samples))
+    found = list(TASKS[name].compare(config, models))  # type: ignore[misc]
+    assert found
+    for output in found:
+        assert output.name.startswith(f"{name}/")
+        assert not isinstance(output, Metric) or math.isfinite(output.value)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -87,7 +122,8 @@ def test_table_keys_and_objectives() -> None:
     assert {name: spec.name for name, spec in TASKS.items()} == {name: name for name in TASKS}
     assert "few_shot/5way_5shot_acc" in TASKS["few_shot"].metrics
     assert "knn/top1" in TASKS["knn"].metrics
-    assert all(spec.direction == "max" and spec.metrics for spec in TASKS.values())
+    assert all(spec.metrics for spec in TASKS.values())
+    assert {name for name, spec in TASKS.items() if spec.direction == "none"} >= {"entropy", "uniformity"}
 
 
 @pytest.mark.parametrize("name", TASKS)
