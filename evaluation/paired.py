@@ -20,6 +20,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -152,11 +153,14 @@ def compare_samples(task: str, names: Sequence[str], models: Sequence[ModelResul
         models: evaluated on the same task lists: same data, options and seed.
 
     Raises:
-        ValueError: samples that are missing, of different length or not finite.
+        ValueError: samples of different length or not finite.
+
+    Warns:
+        RuntimeWarning: models without the samples; they are left out.
     """
-    if len(models) < 2:
+    rows = [row for name in names for row in _compare(name, models)]
+    if not rows:
         return
-    rows = [row for name in names for row in _compare(name, _values(name, models), [model.name for model in models])]
     labels = _labels([model.name for model in models])
     for row in rows:
         name = f"{row.metric}/{labels[row.first]}_minus_{labels[row.second]}"
@@ -171,12 +175,6 @@ def compare_samples(task: str, names: Sequence[str], models: Sequence[ModelResul
 
 def _values(name: str, models: Sequence[ModelResult]) -> np.ndarray:
     """Samples (models, n) of one metric."""
-    missing = [model.name for model in models if name not in model.samples]
-    if missing:
-        raise ValueError(
-            f"{name}: no accuracies of single tasks are stored for {', '.join(missing)}, so the models cannot be "
-            "compared task by task. Evaluate all of them with the same options of this task."
-        )
     lengths = {model.name: np.shape(model.samples[name]) for model in models}
     shapes = set(lengths.values())
     if len(shapes) > 1 or len(shape := shapes.pop()) != 1 or shape[0] < 2:
@@ -192,8 +190,16 @@ def _values(name: str, models: Sequence[ModelResult]) -> np.ndarray:
     return values
 
 
-def _compare(metric: str, values: np.ndarray, names: Sequence[str]) -> list[Comparison]:
+def _compare(metric: str, models: Sequence[ModelResult]) -> list[Comparison]:
     """The rows of one metric."""
+    known = [model for model in models if metric in model.samples]
+    if len(known) < len(models):
+        missing = ", ".join(model.name for model in models if metric not in model.samples)
+        message = f"comparison of {metric}: no accuracies of single tasks of {missing}; evaluate them again"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    if len(known) < 2:
+        return []
+    values, names = _values(metric, known), [model.name for model in known]
     pairs = model_pairs(values.mean(axis=1))
     found = paired_differences(np.stack([values[a] - values[b] for a, b in pairs]))
     adjusted = holm(found.p_value)

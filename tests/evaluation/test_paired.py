@@ -148,7 +148,6 @@ def test_equal_labels_of_different_models_are_numbered() -> None:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        ({}, "no accuracies of single tasks are stored for b, so"),
         ({NAME: np.ones(99)}, r"different or impossible lengths \(a \(100,\), b \(99,\)\); .* same num_tasks"),
         ({NAME: np.full(100, np.nan)}, "accuracies of b are NaN or infinite"),
     ],
@@ -157,6 +156,13 @@ def test_lists_that_cannot_be_paired_are_refused(samples: dict, message: str) ->
     models = [model("a", *accuracies(1)), ModelResult("b", "moco", 64, {}, samples)]
     with pytest.raises(ValueError, match=message):
         list(compare_samples("few_shot", (NAME,), models))
+
+
+def test_models_without_samples_are_left_out_with_a_warning() -> None:
+    models = [model("a", *accuracies(1)), ModelResult("old", "moco", 64, {}, {}), model("b", *accuracies(1, seed=1))]
+    with pytest.warns(RuntimeWarning, match="no accuracies of single tasks of old; evaluate them again"):
+        found = metrics_of(models)
+    assert found == metrics_of([models[0], models[2]])
 
 
 def test_one_model_is_not_compared_and_the_task_asks_for_its_own_metrics() -> None:
