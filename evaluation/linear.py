@@ -1,10 +1,10 @@
 """Linear probe on cached features: how well one linear layer reads the classes off the frozen backbone.
 
-Named protocol "cached features", ours. It differs from MoCo's linear read-off (``linear_readoff.py``: random crops while
-the probe trains, lr 30, steps at 60 and 80 of 100 epochs) in two stated ways. Each image has one feature vector, computed once, so the probe sees no augmentation. And the learning rate is chosen on
-validation images, because feature norms differ widely between methods; for the same reason features are standardised
-first, which is BatchNorm without affine parameters before the linear layer (``asrafulashiq/transfer_broad:
-scripts/run_linear_bn.sh``).
+Named protocol "cached features", ours. It differs from MoCo's linear read-off (``linear_readoff.py``: random crops
+while the probe trains, lr 30, steps at 60 and 80 of 100 epochs) in two stated ways. Each image has one feature vector,
+computed once, so the probe sees no augmentation. And the learning rate is chosen on validation images, because feature
+norms differ widely between methods; for the same reason features are standardised first, which is BatchNorm without
+affine parameters before the linear layer (``asrafulashiq/transfer_broad: scripts/run_linear_bn.sh``).
 
 Softmax regression, SGD with momentum 0.9, no weight decay, cosine decay to zero, weights and biases start at zero (the
 problem is convex); the last epoch is reported. All learning rates train at once: their weights are the column groups of
