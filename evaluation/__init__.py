@@ -89,6 +89,7 @@ TASKS: dict[str, TaskSpec] = {
         check=linear.check,
         metric_names=linear.metric_names,
         summary="top-1 of a linear layer on cached features, learning rate chosen on validation images",
+        compare=linear.compare,
     ),
     "knn": TaskSpec(
         name="knn",
@@ -109,6 +110,7 @@ TASKS: dict[str, TaskSpec] = {
         check=few_shot.check,
         metric_names=few_shot.metric_names,
         summary="5-way 1- and 5-shot accuracy on classes that pretraining never saw, 600 tasks",
+        compare=few_shot.compare,
     ),
     "entropy": TaskSpec(
         name="entropy",

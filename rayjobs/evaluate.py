@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     for task, reason in left_out.items():
         console.print(f"[yellow]Not compared, {task}:[/yellow] {reason}")
     for file in files:
-        console.print(f"Plot       {setup.output / 'comparison' / file.name}", soft_wrap=True)
+        console.print(f"File       {setup.output / 'comparison' / file.name}", soft_wrap=True)
     console.print(f"Result     {setup.output / 'evaluation.json'}", soft_wrap=True)
     if config.experiment:
         _log(setup, finished, metrics, bool(files), console)
