@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from evaluation import Metric, ModelResult
 from image_data.prepared import PreparedData
 from methods import METHODS
 from rayjobs.capacity import ClusterInfo
@@ -23,6 +24,8 @@ from rayjobs.configs import PretrainConfig, config_hash, from_dict, to_dict
 from rayjobs.named_runs import COMPARISON, state_folder
 from rayjobs.ray_tune import SweepPlan, run_label
 from rayjobs.record import data_record, git_revision, package_versions, run_record
+from rayjobs.result_files import read_samples, write_files
+from rayjobs.transfer import compare_models
 from rayjobs.tune_session import Interrupted, TuneSession, write_json
 
 __all__ = ["read_started", "resumed_setup", "run_comparison", "stored_results", "write_report"]
@@ -58,6 +61,7 @@ def run_comparison(
         started["seconds"] += time.time() - began
         write_json(session.local / COMPARISON.state, started)
     results = _results(setup, data, started, baselines, runs)
+    results["together"] = _compare_first_seed(session, setup, baselines + runs)
     write_json(session.local / COMPARISON.results, results)
     _log_report(session, results, write_report(results, config))
     print_comparison(results, console)
@@ -149,6 +153,38 @@ def _run_methods(session: TuneSession, setup: CompareSetup) -> list[dict[str, An
     return session.run_points(_plan(session, setup, setup.base, "runs"), points, "run", may_fail=True)
 
 
+def _compare_first_seed(session: TuneSession, setup: CompareSetup, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the tasks say of the first seed's models side by side: files in the comparison's folder, and metrics.
+
+    One model per method, all judged on the same images; a grid of every seed would not fit a page.
+    """
+    first = setup.config.train.seed
+    models = []
+    for row in rows:
+        config = from_dict(PretrainConfig, row["config"])
+        if row["outcome"] == "finished" and config.train.seed == first:
+            models.append(_model_result(session, row, config))
+    metrics, files, left_out = compare_models(setup.tasks, models, lambda _: True)
+    write_files(session.local / "comparison", files, {})
+    return {
+        "seed": first,
+        "models": [model.name for model in models],
+        "metrics": {m.name: {"value": m.value, "ci95": m.ci95, "n": m.n} for m in metrics},
+        "files": [f"comparison/{file.name}" for file in files],
+        "left_out": left_out,
+    }
+
+
+def _model_result(session: TuneSession, row: Mapping[str, Any], config: PretrainConfig) -> ModelResult:
+    stored = row["transfer"]["test"]["metrics"]
+    metrics = {name: Metric(name, m["value"], m["ci95"], m["n"]) for name, m in stored.items()}
+    place = row.get("files", {}).get("test")
+    samples = read_samples(place) if place else {}
+    num_classes = len(session.data.split("train").class_names) if config.train.epochs else 0
+    label = run_label(config)
+    return ModelResult(label, label, num_classes, metrics, samples)
+
+
 def _results(
     setup: CompareSetup,
     data: PreparedData,
@@ -201,6 +237,7 @@ def _brief(row: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config.train.seed,
         "config_hash": config_hash(config),
         "metrics": row["transfer"].get("test", {}).get("metrics", {}),
+        "files": row.get("files", {}),
     }
 
 
@@ -221,6 +258,8 @@ def _log_report(session: TuneSession, results: Mapping[str, Any], files: list[Pa
     parent.artifact(session.local / COMPARISON.results)
     for file in files:
         parent.artifact(file, "plots" if file.suffix == ".png" else None)
+    if results["together"]["files"]:
+        parent.artifact(session.local / "comparison", "comparison")
     values = {}
     for row in results["rows"]:
         for metric, cell in row["cells"].items():
