@@ -87,6 +87,10 @@ def plan_splits(config: DataConfig, indices: Mapping[str, SourceIndex]) -> tuple
     """
     config.subset.check()
     check_fractions(config.image_split, "image_split", "train, val and test images")
+    if isinstance(config.class_split, tuple) and not {"", "train"} & set(indices):
+        raise DataError(
+            f"class_split={config.class_split} has no effect: there is no train split to take classes from."
+        )
     coarse_names = _coarse_names(config, indices)
     sources = list(indices)
     notes = _given_notes(indices)
@@ -101,9 +105,11 @@ def plan_splits(config: DataConfig, indices: Mapping[str, SourceIndex]) -> tuple
             images = _merge([(sources.index(name), name, indices[name])], coarse_names)
             splits[name] = _drop_rare(config, images, notes)
     _check_disjoint_classes(splits, notes)
+    if config.subset.num_categories:  # draws fine classes, so that both kinds of labels are of the same images
+        splits = _share_labels(_cut_train(config, splits))
     if config.subset.labels == "coarse":
         splits = {name: images.with_coarse_labels() for name, images in splits.items()}
-    splits = _share_labels(_cut_train(config, splits))
+    splits = _share_labels(splits if config.subset.num_categories else _cut_train(config, splits))
     notes += [sentence] if (sentence := config.subset.sentence()) else []
     return {name: splits[name] for name in SPLITS if name in splits and splits[name].names}, "; ".join(notes)
 
@@ -119,10 +125,14 @@ def _given_notes(indices: Mapping[str, SourceIndex]) -> list[str]:
 def _coarse_names(config: DataConfig, indices: Mapping[str, SourceIndex]) -> tuple[str, ...]:
     """Names of the coarse labels over all sources; empty unless every source has them."""
     without = [name or "the data" for name, index in indices.items() if index.coarse is None]
-    if without and config.subset.labels == "coarse":
+    subset = config.subset
+    if without and (subset.labels == "coarse" or subset.num_categories):
+        option = (
+            "subset.labels=coarse" if subset.labels == "coarse" else f"subset.num_categories={subset.num_categories}"
+        )
         raise DataError(
-            f"subset.labels=coarse, but there are no coarse labels in {', '.join(without)}. Name their column with "
-            "coarse=COLUMN (parquet, csv, webdataset), or use fine labels; folder: has no coarse ones."
+            f"{option}, but there are no coarse labels in {', '.join(without)}. Name their column with "
+            "coarse=COLUMN (parquet, csv, webdataset), or leave the option out; folder: has no coarse ones."
         )
     return () if without else tuple(dict.fromkeys(name for index in indices.values() for name in index.coarse_names))
 
@@ -251,7 +261,8 @@ def _check_disjoint_classes(splits: Mapping[str, Images], notes: list[str]) -> N
 def _cut_train(config: DataConfig, splits: dict[str, Images]) -> dict[str, Images]:
     """The subset of train, with the rest as it was."""
     subset = config.subset
-    if not (subset.fraction < 1 or subset.classes or subset.num_classes or subset.num_images):
+    sizes = (subset.classes, subset.num_classes, subset.num_categories, subset.num_images)
+    if subset.fraction == 1 and not any(sizes):
         return splits
     if "train" not in splits:
         raise DataError("a subset of train is asked for, but there is no train split; give train=URI.")
@@ -263,7 +274,8 @@ def _cut_train(config: DataConfig, splits: dict[str, Images]) -> dict[str, Image
                 f"subset.classes: {some(held_out)} belong to {name}, which pretraining never sees (data_seed "
                 f"{config.data_seed}). Choose among the base classes, or use class_split=None."
             )
-    return splits | {"train": train.take(choose_images(train.names, train.labels, train.class_names, subset))}
+    chosen = choose_images(train.names, train.labels, train.class_names, subset, train.coarse, train.coarse_names)
+    return splits | {"train": train.take(chosen)}
 
 
 def _share_labels(splits: dict[str, Images]) -> dict[str, Images]:

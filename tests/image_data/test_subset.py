@@ -79,6 +79,38 @@ def test_frequent_classes():
     assert frequent_classes(np.array([0, 1]), 3, 0).tolist() == [True, True, False]
 
 
+def drawn(config: SubsetConfig) -> list[int]:
+    """How many classes of each category were chosen; category k has the 3 (k + 1) classes 0 to 2, 3 to 8 and 9 to 17."""
+    sizes = [3, 6, 9]
+    category = np.repeat(np.arange(3), sizes)
+    labels = np.repeat(np.arange(18), 10)
+    names, classes = [f"{i}.png" for i in range(180)], [f"class{i}" for i in range(18)]
+    chosen = choose_images(names, labels, classes, config, category[labels], ["a", "b", "c"])
+    images = np.bincount(labels[chosen], minlength=18)
+    return np.bincount(category[images > 0], minlength=3).tolist()
+
+
+def test_classes_are_drawn_equally_from_categories():
+    assert drawn(SubsetConfig(num_classes=9, num_categories=3)) == [3, 3, 3]
+    assert sorted(drawn(SubsetConfig(num_classes=8, num_categories=3))) == [2, 3, 3]
+    assert drawn(SubsetConfig(num_classes=12, num_categories=2)) == [0, 6, 6]  # a has too few
+    assert drawn(SubsetConfig(num_categories=3)) == [3, 6, 9]
+    for seed in range(5):
+        one, two = (drawn(SubsetConfig(num_categories=n, seed=seed)) for n in (1, 2))
+        assert [o and t for o, t in zip(one, two, strict=True)] == one  # nested
+    assert len({tuple(drawn(SubsetConfig(num_categories=1, seed=seed))) for seed in range(9)}) == 3
+    with pytest.raises(DataError, match=r"only 1 of 3 categories have at least 7 training classes"):
+        drawn(SubsetConfig(num_classes=14, num_categories=2))
+
+
+def test_a_class_of_two_categories_is_refused():
+    with pytest.raises(DataError, match=r"several coarse classes: class0, class1"):
+        config = SubsetConfig(num_categories=1)
+        choose_images(
+            NAMES[:6], np.array([0, 0, 1, 1, 2, 2]), CLASSES, config, np.array([0, 1, 1, 0, 1, 1]), ["a", "b"]
+        )
+
+
 def test_unknown_class_is_answered_with_close_names():
     with pytest.raises(DataError, match=r"'clas7' \(did you mean class7"):
         counts(SubsetConfig(classes=("class1", "clas7")))
@@ -97,6 +129,9 @@ def test_unknown_class_is_answered_with_close_names():
         ({"fraction": 0.5, "num_images": 10}, "both given"),
         ({"classes": ("a", "a")}, "twice"),
         ({"num_classes": 13}, "only 12 training classes"),
+        ({"classes": ("a",), "num_categories": 2}, "draw from categories"),
+        ({"num_classes": 3, "num_categories": 4}, "less than one class for each of subset.num_categories=4"),
+        ({"num_categories": -1}, "num_categories=-1"),
         ({"num_images": 5}, "less than one image for each of 12"),
         ({"num_images": 3600}, "At most 360 images fit"),
     ],
