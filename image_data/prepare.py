@@ -40,6 +40,8 @@ _FORMAT = 1  # of the packed shards; a change makes new cache entries
 _LISTED_ERRORS = 20
 _PROGRESS_SECONDS = 30.0
 _COLUMNS = ("image", "label", "index")
+# Division option to the splits that a data set must bring itself for the option to have nothing left to do.
+_DIVIDED_BY = {"class_split": ("novel_classes",), "image_split": ("val", "test")}
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class DataConfig:
 
     Attributes:
         data: one URI, split by a seeded rule, or ``split=URI`` for any of train, val, test, val_classes, novel_classes.
-            What is missing of val and test is then taken from train (from ``rendered:`` its own val and test).
+            What is missing of val and test is then taken from train (from ``rendered:`` its own val and test). A data
+            set with its own layout (``miniimagenet:DIR``) brings the splits that it has.
         class_split: shares of base, validation and novel classes; pretraining sees base classes only. "auto" is
-            0.64/0.16/0.20 for one URI and no division for named splits; None never divides. ``rendered:`` always has
-            its own division.
+            0.64/0.16/0.20 for one URI and no division for named splits and data sets with their own layout; None never
+            divides. ``rendered:`` and data sets with novel classes of their own always have their own division.
         image_split: shares of train, val and test among the images of the base classes.
         subset: what pretraining sees of it.
         max_unreadable: unreadable images to skip; one more stops the run with their list.
@@ -117,8 +120,8 @@ def open_source(
     Args:
         data: one URI, several, a configuration, or what ``prepare`` made.
         split: its name.
-        columns: of the shards: ``image``, ``label``, ``index``, ``name``, ``height``, ``width``, ``coarse`` and the
-            targets of ``rendered:``; None for all.
+        columns: of the shards: ``image``, ``label``, ``index``, ``name``, ``height``, ``width``, ``coarse`` and
+            further targets (of ``rendered:``, ``celeba:``); None for all.
     """
     import ray.data
 
@@ -141,30 +144,33 @@ def open_source(
 
 def _open_sources(config: DataConfig, threads: int) -> dict[str, RowSource]:
     """Sources by split; the key "" stands for one that the rule divides."""
+    from image_data.layouts import LAYOUTS, open_layout
     from image_data.rendered_source import open_rendered
 
     sources: dict[str, RowSource] = {}
     uris = parse_data(config.data)
     for name, uri in uris.items():
-        if uri.scheme == "rendered":
-            if name in ("", "train"):
-                _check_rendered(config, uri)
-            opened = open_rendered(uri, name, threads)
-            sources |= {split: source for split, source in opened.items() if split == name or split not in uris}
-        else:
+        if uri.scheme != "rendered" and uri.scheme not in LAYOUTS:
             sources[name] = open_rows(uri)
+            continue
+        opened = open_rendered(uri, name, threads) if uri.scheme == "rendered" else open_layout(uri, name)
+        if name in ("", "train"):
+            _check_division(config, uri, opened)
+        sources |= {split: source for split, source in opened.items() if split == name or split not in uris}
     return sources
 
 
-def _check_rendered(config: DataConfig, uri: DataUri) -> None:
-    """Options of a division that rendered: does not follow are not silently ignored."""
+def _check_division(config: DataConfig, uri: DataUri, opened: Mapping[str, RowSource]) -> None:
+    """Options of a division that a data set does not follow, since it divides itself, are not silently ignored."""
     standard = DataConfig()
-    for option in ("class_split", "image_split"):
+    fixed = [option for option, needed in _DIVIDED_BY.items() if all(split in opened for split in needed)]
+    for option in fixed if uri.scheme != "rendered" else _DIVIDED_BY:
         value = getattr(config, option)
         if value != getattr(standard, option):
+            hint = "; the options of rendered: say how many classes and instances it has"
             raise DataError(
                 f"{option}={value} has no effect on {uri.text}, which divides itself. Leave it at "
-                f"{getattr(standard, option)}; the options of rendered: say how many classes and instances it has."
+                f"{getattr(standard, option)}{hint if uri.scheme == 'rendered' else ''}."
             )
 
 
@@ -176,7 +182,8 @@ def _fingerprint(config: DataConfig, sources: Mapping[str, RowSource]) -> str:
         "uris": {name: [uri.scheme, sorted(uri.query.items())] for name, uri in uris.items()},
         "class_split": config.class_split,
         "image_split": config.image_split,
-        "subset": asdict(config.subset),
+        # An option of its default value that came later does not make new entries of data prepared before.
+        "subset": {k: v for k, v in asdict(config.subset).items() if k != "num_categories" or v},
         "data_seed": config.data_seed,
         "listing": {name: _hash("\n".join(source.listing())) for name, source in sources.items()},
     }

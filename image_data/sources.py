@@ -21,7 +21,7 @@ import numpy as np
 
 from image_data.contracts import DataError
 from image_data.decode import IMAGE_EXTENSIONS
-from image_data.uri import SCHEMES, DataUri, FileInfo, Files, map_ahead, parse_uri, some
+from image_data.uri import SCHEMES, DataUri, FileInfo, Files, map_ahead, parse_uri, scheme_example, some
 
 __all__ = ["CsvSource", "FolderSource", "Row", "RowSource", "SourceIndex", "build_index", "open_rows", "read_files"]
 
@@ -89,7 +89,10 @@ class RowSource(Protocol):
 
 
 def open_rows(uri: str | DataUri) -> RowSource:
-    """Opens a source; ``rendered:`` has its own door (``image_data.rendered_source``), as it splits itself.
+    """Opens a source of a general scheme.
+
+    What divides itself has its own door: ``rendered:`` in ``image_data.rendered_source``, the data sets with a layout
+    of their own in ``image_data.layouts``.
 
     Raises:
         DataError: unknown scheme or option, nothing there, or a layout that does not fit the scheme.
@@ -122,7 +125,7 @@ def build_index(
         DataError: no images, or an image without a label.
     """
     if not names:
-        raise DataError(f"{uri.text}: no images found; expected {SCHEMES[uri.scheme]}.")
+        raise DataError(f"{uri.text}: no images found; expected {scheme_example(uri.scheme)}.")
     label_ids, class_names = _number(uri, names, labels, "label")
     coarse_ids, coarse_names = (None, ()) if coarse is None else _number(uri, names, coarse, "coarse label")
     group_names = (

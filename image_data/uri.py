@@ -26,13 +26,15 @@ __all__ = [
     "map_ahead",
     "parse_data",
     "parse_uri",
+    "scheme_example",
     "some",
 ]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Every scheme with an example, shown when somebody mistypes one.
+# Every general scheme with an example, shown when somebody mistypes one; the data sets with a layout of their own
+# stand in ``image_data.layouts.LAYOUTS``.
 SCHEMES = {
     "rendered": "rendered:?image_size=64",
     "folder": "folder:PATH  (PATH/<class>/<image>)",
@@ -55,7 +57,7 @@ class DataUri:
 
     Attributes:
         text: as the user gave it.
-        scheme: a key of ``SCHEMES``.
+        scheme: a key of ``SCHEMES`` or of ``image_data.layouts.LAYOUTS``.
         path: file, folder or pattern; "" where the scheme needs none.
         query: options after "?".
     """
@@ -72,7 +74,7 @@ class DataUri:
         if unknown:
             raise DataError(
                 f"{self.text}: unknown option {', '.join(unknown)}; {self.scheme}: has "
-                f"{', '.join(allowed) if allowed else 'no options'} (example: {SCHEMES[self.scheme]})."
+                f"{', '.join(allowed) if allowed else 'no options'} (example: {scheme_example(self.scheme)})."
             )
 
 
@@ -125,20 +127,32 @@ def parse_data(data: Iterable[str]) -> dict[str, DataUri]:
 def parse_uri(text: str) -> DataUri:
     """Splits ``scheme:path?key=value&...``; values may be percent-encoded."""
     scheme, colon, rest = text.partition(":")
-    if not colon or scheme not in SCHEMES:
+    examples = _examples()
+    if not colon or scheme not in examples:
         hint = (
             f" For a folder of images write folder:{text}."
             if not colon or "/" in scheme or rest.startswith("//")
             else ""
         )
-        known = "\n  ".join(SCHEMES.values())
+        known = "\n  ".join(examples.values())
         raise DataError(f"{text!r} is not a data URI: its scheme must be one of\n  {known}\n{hint}".rstrip())
     match = _QUERY.search(rest)
     path = rest[: match.start()] if match else rest
     pairs = [part.split("=", 1) for part in match.group(1).split("&")] if match and match.group(1) else []
     if not path and scheme != "rendered":
-        raise DataError(f"{text!r} has no path; write {SCHEMES[scheme]}.")
+        raise DataError(f"{text!r} has no path; write {examples[scheme]}.")
     return DataUri(text, scheme, path, {key: unquote(value) for key, value in pairs})
+
+
+def scheme_example(scheme: str) -> str:
+    """How a URI of a scheme is written."""
+    return _examples()[scheme]
+
+
+def _examples() -> dict[str, str]:
+    from image_data.layouts import LAYOUTS  # layouts are built from this module
+
+    return SCHEMES | {name: layout.example for name, layout in LAYOUTS.items()}
 
 
 class Files:
@@ -173,6 +187,12 @@ class Files:
         """Copies a local file to this file system."""
         self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         self._fs.put_file(local, path)
+
+    def names(self, path: str | None = None) -> list[str]:
+        """Names of what lies directly in a folder, hidden ones left out, sorted."""
+        listed = self._fs.ls(self.root if path is None else path, detail=False)
+        names = {str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in listed}
+        return sorted(name for name in names if not name.startswith("."))
 
     def walk(self, path: str | None = None) -> tuple[list[FileInfo], list[str]]:
         """Every file and every folder under a folder, recursively, hidden ones left out.

@@ -21,7 +21,18 @@ from image_data.decode import IMAGE_EXTENSIONS
 from image_data.sources import Row, RowSource, SourceIndex, build_index, read_files
 from image_data.uri import DataUri, FileInfo, Files, available_cpus, map_ahead, some
 
-__all__ = ["ArraySource", "Arrays", "Layout", "ListedSource", "find_images", "layout_error", "list_images", "read_text"]
+__all__ = [
+    "ArraySource",
+    "Arrays",
+    "Layout",
+    "ListedSource",
+    "class_images",
+    "describe_folder",
+    "find_images",
+    "layout_error",
+    "list_images",
+    "read_text",
+]
 
 _ENCODED_AHEAD = 256  # small images per task: encoding one costs about as much as a task
 
@@ -74,7 +85,7 @@ def read_text(layout: Layout, uri: DataUri, files: Files, name: str) -> str:
     """
     path = posixpath.join(files.root, name)
     if not files.exists(path) or files.is_dir(path):
-        raise layout_error(layout, uri, f"there is no file {name} (found: {_found(files)}).")
+        raise layout_error(layout, uri, f"there is no file {name} (found: {describe_folder(files)}).")
     try:
         return files.read(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,13 +100,30 @@ def list_images(layout: Layout, uri: DataUri, files: Files, folder: str) -> list
     """
     path = posixpath.join(files.root, folder) if folder else files.root
     if not files.is_dir(path):
-        raise layout_error(layout, uri, f"there is no folder {folder or uri.path} (found: {_found(files)}).")
+        raise layout_error(layout, uri, f"there is no folder {folder or uri.path} (found: {describe_folder(files)}).")
     listed = files.walk(path)[0]
     infos = [info for info in listed if posixpath.splitext(info.name)[1].lower() in IMAGE_EXTENSIONS]
     if not infos:
         found = some((info.name for info in listed), 5) or "nothing"
         raise layout_error(layout, uri, f"no image in {folder or uri.path} (found: {found}).")
     return infos
+
+
+def class_images(layout: Layout, uri: DataUri, files: Files, folder: str, classes: Sequence[str]) -> list[FileInfo]:
+    """The images of some class folders under a folder, named <class>/<image>; no other folder is listed."""
+    path = posixpath.join(files.root, folder) if folder else files.root
+    present = set(files.names(path))
+    missing = [label for label in classes if label not in present]
+    if missing:
+        raise layout_error(
+            layout, uri, f"{folder or files.root} has no folder {some(missing, 5)} (found: {some(sorted(present), 5)})."
+        )
+    result: list[FileInfo] = []
+    for label in classes:
+        relative = posixpath.join(folder, label)
+        for info in list_images(layout, uri, files, relative):
+            result.append(FileInfo(info.path, f"{label}/{info.name}", info.size, info.stamp))
+    return result
 
 
 def find_images(files: Files, names: Sequence[str]) -> list[FileInfo | None]:
@@ -114,14 +142,11 @@ def _local_info(path: str, name: str) -> FileInfo | None:
     return FileInfo(path, name, status.st_size, str(status.st_mtime_ns))
 
 
-def _found(files: Files) -> str:
-    """What lies directly in the layout's folder."""
+def describe_folder(files: Files) -> str:
+    """What lies directly in the layout's folder, for errors."""
     if not files.is_dir():
         return "no such folder"
-    if files.is_local:
-        return some(sorted(name for name in os.listdir(files.root) if not name.startswith(".")), 10) or "nothing"
-    infos, folders = files.walk()
-    return some(sorted({name.split("/")[0] for name in [*folders, *(info.name for info in infos)]}), 10) or "nothing"
+    return some(files.names(), 10) or "nothing"
 
 
 class ListedSource:
@@ -268,14 +293,16 @@ def _index(
     origin: str,
 ) -> SourceIndex:
     """The index of a split; labels are numbered by value or name, unless the data set has an order of its own."""
-    if class_names is not None:
-        labels = [class_names[int(label)] for label in labels]
     index = build_index(uri, names, labels, coarse, groups)
-    ids = index.labels
-    ordered = index.class_names
+    ids, ordered = index.labels, index.class_names
     if class_names is not None:
-        ids = np.array([list(class_names).index(name) for name in ordered], np.int64)[ids]
-        ordered = tuple(class_names)
+        numbers = np.array([int(name) for name in ordered], np.int64)
+        if numbers.min() < 0 or numbers.max() >= len(class_names):
+            raise DataError(
+                f"{uri.text}: labels from {numbers.min()} to {numbers.max()}, but there are names for 0 to "
+                f"{len(class_names) - 1}; the files do not belong together."
+            )
+        ids, ordered = numbers[ids], tuple(class_names)
     return SourceIndex(index.names, ids, ordered, index.coarse, index.coarse_names, index.groups, origin)
 
 

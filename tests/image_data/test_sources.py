@@ -325,7 +325,7 @@ def test_uri_parts():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (("imagenet:x",), r"(?s)scheme must be one of.*rendered:.*folder:.*parquet:.*csv:.*webdataset:"),
+        (("imagenet22k:x",), r"(?s)one of.*rendered:.*folder:.*parquet:.*csv:.*webdataset:.*miniimagenet:DIR"),
         (("/data/images",), "folder:/data/images"),
         (("folder:",), "has no path"),
         ((), "no data given"),
