@@ -21,7 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LPIPS_MIN_SIDE", "Lpips", "find_lpips_linear", "load_lpips", "mean_squared_error", "psnr", "ssim"]
+__all__ = [
+    "LINEAR_SOURCE",
+    "LPIPS_MIN_SIDE",
+    "SSIM_MIN_SIDE",
+    "TRUNK_SOURCE",
+    "Lpips",
+    "find_lpips_linear",
+    "load_lpips",
+    "mean_squared_error",
+    "psnr",
+    "ssim",
+]
 
 # Colours in [-1, 1] -> what the trunk was trained on; ScalingLayer of the reference.
 SHIFT = (-0.030, -0.088, -0.188)
@@ -33,6 +44,7 @@ LPIPS_MIN_SIDE = 17  # px; below, the third pool of SqueezeNet has nothing left
 LPIPS_BLOCK = 32  # images per forward pass: about 0.5 GB at 224 px
 
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # of SSIM
+SSIM_MIN_SIDE = WINDOW  # px; one window
 MAX_PSNR = 100.0  # dB, for equal images, whose PSNR is infinite
 
 TRUNK_SOURCE = "torchvision's squeezenet1_1 weights (https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth)"
@@ -61,7 +73,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         ValueError: images smaller than the window of 11 px.
     """
     _check_pair(a, b)
-    if min(a.shape[2:]) < WINDOW:
+    if min(a.shape[2:]) < SSIM_MIN_SIDE:
         raise ValueError(f"SSIM needs images of at least {WINDOW} px, the side of its window; got {a.shape[2:]}.")
     offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
     window = torch.exp(-offsets.square() / (2 * SIGMA**2))
