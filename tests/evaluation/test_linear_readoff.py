@@ -278,6 +278,20 @@ def test_diverged_rates_are_never_chosen() -> None:
     assert next(m for m in found if "rate" in m.name).value <= 0.1
 
 
+@pytest.mark.parametrize("label", range(3))
+@pytest.mark.filterwarnings("ignore:linear_readoff. the best learning rate")
+def test_a_diverged_rate_does_not_win_by_luck(label: int) -> None:
+    """Whatever class NaN scores seem to name, and though the other layer is wrong on every image."""
+    heads = LinearHeads(LINEAR_RECIPES["moco"], (0.1, 0.2), 4, 3, torch.Generator())
+    heads.weight.zero_()
+    heads.bias[(label + 1) % 3] = 1  # layer 0 names another class
+    heads.weight[2, 4] = torch.nan  # layer 1
+    heads.bias[3:] = torch.nan
+    assert heads.diverged.tolist() == [False, True]
+    always = Features(np.ones((5, 4), np.float32), np.full(5, label), ("a", "b", "c"))
+    assert linear_readoff._choose(heads, (0.1, 0.2), always) == 0
+
+
 def test_divergence_of_every_rate_is_an_error() -> None:
     hopeless = dataclasses.replace(QUICK, learning_rates=(1.9e39, 2e39))
     with pytest.raises(ValueError, match="diverged at every learning rate"):
