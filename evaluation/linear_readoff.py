@@ -7,9 +7,9 @@ of the backbone is fingerprinted before and after: a read-off that changed the e
 (``facebookresearch/moco: main_lincls.py, sanity_check``).
 
 Two things are ours. The learning rate is chosen on validation images from a grid, because MoCo's 30 is meant for its
-own unnormalised features and diverges on others, those of supervised pretraining above all; their grid lies lower. All
-rates train in the same passes. And where the training images fill the recipe's batch fewer than 8 times, the batch
-shrinks (the learning rate with it, linearly), with a warning: an epoch of one step trains nothing.
+own unnormalised features and far too large for others, those of supervised pretraining above all, whose grid lies
+lower. All rates train in the same passes. And where the training images fill the recipe's batch fewer than 8 times, the
+batch shrinks (the learning rate with it, linearly), with a warning: epochs of one or two steps train next to nothing.
 
     phase "val":  the layers are fitted on 80 % of "train" (stratified), the rate is chosen on the plain views of the
                   other 20 %, and that same layer, which has not seen them, is scored on "val": a refit on all of

@@ -102,7 +102,7 @@ LINEAR_RECIPES: dict[str, LinearRecipe] = {
         source="facebookresearch/moco: main_lincls.py",
         learning_rate=30.0,
         grid=_powers(-3, 1),
-        # 30 is for MoCo's small features; those of supervised training are larger and diverge at such rates.
+        # 30 is for MoCo's small unnormalised features; those of supervised training want a much smaller rate.
         supervised_grid=_powers(-5, -1),
         batch_size=256,
         epochs=100,
