@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Literal, NamedTuple
 
@@ -371,5 +371,5 @@ def _map_pixels(backbone: nn.Module, images: np.ndarray, device: str) -> int:
 
 def _image_ids(images: np.ndarray) -> np.ndarray:
     """int64 (B,): equal for equal pictures, by which images of different models are matched."""
-    digests: Sequence[bytes] = [hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images]
+    digests = [hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images]
     return np.frombuffer(b"".join(digests), dtype=np.int64)
