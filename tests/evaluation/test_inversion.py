@@ -68,8 +68,8 @@ def two_models() -> list[ModelResult]:
     """A run that was given no time, and one that had some."""
     with pytest.warns(RuntimeWarning, match="LPIPS distance is left out"):
         return [
-            model("short", dataclasses.replace(QUICK, iterations=1)),
-            model("Long run/2", dataclasses.replace(QUICK, iterations=25, learning_rate=0.01)),
+            model("short", dataclasses.replace(QUICK, iterations=1, image_size=24)),
+            model("Long run/2", dataclasses.replace(QUICK, iterations=30, image_size=24, learning_rate=0.01)),
         ]
 
 
@@ -154,13 +154,13 @@ def test_executor_takes_the_place_of_this_process() -> None:
 
 def test_progress_is_said_by_tenths(caplog: pytest.LogCaptureFixture) -> None:
     lines: list[str] = []
-    config = InversionConfig(num_images=1, iterations=20)
+    config = InversionConfig(num_images=1, iterations=20, image_size=11)
     run(config, info={"on_progress": lines.append})
     assert len(lines) == 11
     assert lines[3].startswith("inversion: image 1 of 1, iteration 6 of 20, feature loss ")
     with caplog.at_level(logging.INFO, "evaluation.inversion"):
-        run(QUICK)
-    assert any("image 3 of 3, iteration 4 of 4" in message for message in caplog.messages)
+        run(InversionConfig(num_images=2, iterations=1))
+    assert any("image 2 of 2, iteration 1 of 1," in message for message in caplog.messages)
 
 
 def test_interrupt_keeps_what_is_finished() -> None:
