@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from image_data.contracts import SPLITS, DataError
-from image_data.layouts import LAYOUTS, open_layout
+from image_data.layouts import LAYOUTS, Arrays, ArraySource, ListedSource, open_layout
 from image_data.layouts.cifar import read_pickle
 from image_data.prepare import DataConfig, PreparedData, prepare
 from image_data.subset import SubsetConfig
-from image_data.uri import parse_uri
+from image_data.uri import Files, parse_uri
 from tests.image_data import layout_samples as samples
 from tests.image_data.samples import picture, table, write_folder
 
@@ -71,6 +71,39 @@ def test_unknown_options_are_refused(scheme, tmp_path):
         open_layout(parse_uri(f"{scheme}:{tmp_path}?size=3"), "")
 
 
+def test_a_split_without_some_of_the_named_classes_keeps_their_numbers(tmp_path):
+    uri = parse_uri(f"places:{tmp_path}")
+    infos = [
+        Files(str(samples.write(tmp_path / f"{i}.png", picture(i)))).info(str(tmp_path / f"{i}.png")) for i in range(3)
+    ]
+    names = ["0.png", "1.png", "2.png"]
+    points = np.arange(6).reshape(3, 2)
+    source = ListedSource(
+        uri, Files(str(tmp_path)), infos, names, [3, 1, 3], class_names="dcba", extra={"point": points}
+    )
+    arrays = Arrays(np.zeros((3, 4, 4, 3), np.uint8), names, [3, 1, 3], "dcba", extra={"point": points})
+    for own in (source, ArraySource(uri, infos, lambda: arrays)):
+        index = own.index()
+        assert index.labels.tolist() == [3, 1, 3]
+        assert index.class_names == ("d", "c", "b", "a")
+        rows = list(own.read(np.array([False, True, True])))
+        assert [row.position for row in rows] == [1, 2]
+        assert [row.extra["point"].tolist() for row in rows] == [[2, 3], [4, 5]]
+
+
+def test_listing_follows_labels_and_further_targets(tmp_path):
+    path = samples.write(tmp_path / "a.png", picture(0))
+    uri, files = parse_uri(f"places:{tmp_path}"), Files(str(tmp_path))
+
+    def listing(label: str, point: float) -> list[str]:
+        extra = {"point": np.array([[point, 0.0]])}
+        return ListedSource(uri, files, [files.info(str(path))], ["a.png"], [label], extra=extra).listing()
+
+    assert listing("x", 1.0) == listing("x", 1.0)
+    assert len({"\n".join(listing(*values)) for values in (("x", 1.0), ("y", 1.0), ("x", 2.0))}) == 3
+    assert str(tmp_path) not in "".join(listing("x", 1.0))
+
+
 # ---- miniImageNet
 
 MINI = {"train": {"n01": 10, "n02": 10, "n03": 10}, "val": {"n04": 4, "n05": 3}, "test": {"n06": 5}}
@@ -109,7 +142,7 @@ def test_named_splits_bring_what_they_name(tmp_path, mini):
 def test_a_given_split_replaces_the_data_sets_own(tmp_path, mini):
     pixels = samples.write_cifar10(tmp_path / "cifar")
     other = write_folder(tmp_path / "other", table({"ship": 4}))
-    prepared = make(tmp_path, f"train=cifar10:{tmp_path / 'cifar'}", f"test={other}", f"novel_classes={mini}")
+    prepared = make(tmp_path, f"test={other}", f"train=cifar10:{tmp_path / 'cifar'}", f"novel_classes={mini}")
     assert prepared.split("test").num_images == 4
     assert prepared.split("train").num_images + prepared.split("val").num_images == 5 * len(pixels["data_batch_1"])
     assert classes(prepared)["novel_classes"] == {"n06"}
