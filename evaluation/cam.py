@@ -100,7 +100,7 @@ class Classifier(NamedTuple):
 
 
 def metric_names(config: CamConfig) -> tuple[str, ...]:
-    """Names of the main metrics; ``cam/classifier_top1`` and ``cam/constant_maps`` (percent) are yielded too."""
+    """Names of the main metrics; yielded too: ``cam/classifier_top1``, ``constant_maps`` (percent), ``map_side``."""
     return tuple(STATISTICS)
 
 
@@ -134,6 +134,7 @@ def protocol(config: CamConfig, phase: Phase) -> dict:
             "cam/spatial_entropy": "-sum p ln p / ln(number of pixels), p = map / sum: 0 one pixel, 1 evenly spread",
             "cam/mass_concentration": f"share of the map's sum in its top {100 * TOP_SHARE:g} % of pixels (rounded up)",
             "cam/constant_maps": "percent of the maps that are constant; they count as evenly spread, with area 0",
+            "cam/map_side": "height of the feature map; the numbers above compare between equal ones only",
             "cam/classifier_top1": f"top-1 in percent of the classifier on all of split {phase}",
         },
         "interval": "1.96 s / sqrt(n) over images (Wilson for top-1), not over pretraining seeds",
@@ -165,7 +166,7 @@ def evaluate(config: CamConfig, context: EvaluationContext) -> Iterator[Output]:
     if context.backbone is None or context.images is None:
         raise ValueError("cam looks inside the backbone: the evaluation context needs backbone and images.")
     split = context.phase
-    _check_map_size(config, context)
+    yield Metric("cam/map_side", _map_side(config, context))
     found = {name: get_features(context, name) for name in splits(config, context.phase)}
     check(config, context.phase, {name: features.class_counts for name, features in found.items()})
     classifier, top1 = fit_classifier(config.classifier, found, context)
@@ -345,28 +346,24 @@ def _check_same_features(pooled: np.ndarray, features: np.ndarray) -> None:
         )
 
 
-def _check_map_size(config: CamConfig, context: EvaluationContext) -> None:
-    """ValueError where the last map is a single pixel, before any long work."""
+def _map_side(config: CamConfig, context: EvaluationContext) -> int:
+    """Height of the last map; ValueError where it is a single pixel. One image, before any long work."""
     assert context.backbone is not None
     assert context.images is not None
     image = context.images(context.phase, [0], config.image_size)
-    if _map_pixels(context.backbone, image, context.device) > 1:
-        return
-    side = image.shape[2]
-    larger = side
+    shape = _feature_map(context.backbone, image, context.device).shape[2:]
+    if shape.numel() > 1:
+        return shape[0]
+    larger = side = image.shape[2]
     while larger < 16 * side:
         larger *= 2
         blank = np.zeros((1, 3, larger, larger), np.uint8)
-        if _map_pixels(context.backbone, blank, context.device) > 1:
+        if _feature_map(context.backbone, blank, context.device).shape[2:].numel() > 1:
             break
     raise ValueError(
         f"cam: the backbone's last feature map is 1x1 for images of {side} px, so a class activation map cannot point "
         f"anywhere. Use a larger image_size for cam, e.g. {larger}, or a backbone with a small stem."
     )
-
-
-def _map_pixels(backbone: nn.Module, images: np.ndarray, device: str) -> int:
-    return int(np.prod(_feature_map(backbone, images, device).shape[2:]))
 
 
 def _image_ids(images: np.ndarray) -> np.ndarray:

@@ -50,11 +50,15 @@ def compare(config: CamConfig, models: Sequence[ModelResult]) -> Iterator[Metric
     has all pairs.
 
     Warns:
-        RuntimeWarning: two models have no image in common.
+        RuntimeWarning: two models have no image in common, or feature maps of different sizes.
     """
     models = [model for model in models if all(name in model.samples for name in NEEDED)]
     if len(models) < 2:
         return
+    sides = sorted({int(model.metrics["cam/map_side"].value) for model in models if "cam/map_side" in model.metrics})
+    if len(sides) > 1:
+        sizes = ", ".join(f"{side}x{side}" for side in sides)
+        _warn(f"cam: the feature maps are of {sizes} places; a coarser one is wider, whatever the model looks at")
     yield from _grid(models)
     rows = []
     for first, second in combinations(models, 2):

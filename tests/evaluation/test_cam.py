@@ -284,7 +284,7 @@ def test_metrics_samples_and_grid(make: Callable[[], Any], phase: Phase) -> None
     context = model_context(backbone, noise_splits(), phase, info=info)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     metrics, samples, files = results(cam.evaluate(QUICK, context))
-    assert set(cam.metric_names(QUICK)) | {"cam/classifier_top1", "cam/constant_maps"} == set(metrics)
+    assert set(cam.metric_names(QUICK)) | {"cam/classifier_top1", "cam/constant_maps", "cam/map_side"} == set(metrics)
     for name in cam.metric_names(QUICK):
         values = samples[name]
         assert values.shape == (20,)
@@ -293,6 +293,7 @@ def test_metrics_samples_and_grid(make: Callable[[], Any], phase: Phase) -> None
         assert metrics[name].ci95 == pytest.approx(1.96 * values.std(ddof=1) / 20**0.5)
         assert metrics[name].n == 20
     assert metrics["cam/constant_maps"].value == 0
+    assert metrics["cam/map_side"].value == 4
     assert (samples["cam/maps"].dtype, samples["cam/maps"].shape) == (np.uint8, (4, 32, 32))
     assert len(set(samples["cam/class_names"])) == 4
     assert len(set(samples["cam/image_ids"].tolist())) == 20

@@ -107,6 +107,15 @@ def test_models_without_a_common_image_are_not_compared() -> None:
     assert (one.n, one.ci95) == (1, None)
 
 
+def test_maps_of_different_sizes_are_warned_about() -> None:
+    models = [
+        ModelResult(f"m{side}", "supervised", side, {"cam/map_side": Metric("cam/map_side", side)}, found.samples)
+        for side, found in ((2, model("", "", 0, [1, 2])), (8, model("", "", 0, [1, 2])))
+    ]
+    with pytest.warns(RuntimeWarning, match="2x2, 8x8"):
+        results(models)
+
+
 def test_models_that_lack_the_task_are_left_out() -> None:
     bare = ModelResult("bare", "vae", 8, {}, {})
     assert results([model("a", "supervised", 16, [1, 2]), bare]) == ({}, {})
