@@ -123,8 +123,10 @@ def _excluded(uri: DataUri, partition: dict[str, int]) -> set[str]:
         raise DataError(f"{uri.text}: exclude={path}: there is no such file; give one image (000001.jpg) per line.")
     listed = {line.strip() for line in files.read(files.root).decode("utf-8-sig").splitlines() if line.strip()}
     unknown = sorted(listed - set(partition))
-    if unknown or not listed:
-        raise DataError(f"{uri.text}: {path} lists {some(unknown, 5) or 'no image'}, which is not in {_PARTITION}.")
+    if not listed:
+        raise DataError(f"{uri.text}: {path} lists no image; give one (000001.jpg) per line, or leave exclude= out.")
+    if unknown:
+        raise DataError(f"{uri.text}: {path} lists {some(unknown, 5)}, which is not in {_PARTITION}.")
     return listed
 
 

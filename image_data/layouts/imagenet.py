@@ -91,8 +91,10 @@ def _listed_classes(uri: DataUri, present: Sequence[str]) -> list[str]:
     words = [line.split() for line in files.read(files.root).decode("utf-8-sig").splitlines()]
     listed = list(dict.fromkeys(line[0] for line in words if line))  # some lists name the class after its number
     unknown = [name for name in listed if name not in set(present)]
-    if unknown or not listed:
-        raise DataError(f"{uri.text}: {path} lists {some(unknown, 5) or 'no class'}, which train has no folder for.")
+    if not listed:
+        raise DataError(f"{uri.text}: {path} lists no class; give one (n01440764) per line.")
+    if unknown:
+        raise DataError(f"{uri.text}: {path} lists {some(unknown, 5)}, which train has no folder for.")
     return listed
 
 

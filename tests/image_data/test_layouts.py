@@ -541,6 +541,9 @@ def test_listed_classes_of_imagenet(tmp_path):
     chosen.write_text("n99999999\n")
     with pytest.raises(DataError, match="lists n99999999, which train has no folder for"):
         make(tmp_path, uri)
+    chosen.write_text("\n")
+    with pytest.raises(DataError, match="lists no class; give one"):
+        make(tmp_path, uri)
     chosen.unlink()
     with pytest.raises(DataError, match="there is no such file; give one class"):
         make(tmp_path, uri)
@@ -691,6 +694,9 @@ def test_celeba_without_the_images_of_a_landmark_test(tmp_path):
     assert not kept & {"000001.jpg", "000040.jpg"}
     listed.write_text("1.jpg\n")
     with pytest.raises(DataError, match=r"lists 1\.jpg, which is not in list_eval_partition\.txt"):
+        make(tmp_path, uri)
+    listed.write_text("\n")
+    with pytest.raises(DataError, match="lists no image; give one"):
         make(tmp_path, uri)
     listed.unlink()
     with pytest.raises(DataError, match=r"there is no such file; give one image"):
