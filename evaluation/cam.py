@@ -180,8 +180,10 @@ def evaluate(config: CamConfig, context: EvaluationContext) -> Iterator[Output]:
             values[name].append(numbers.numpy())
         values["constant"].append(is_constant.cpu().numpy())
         values["cam/image_ids"].append(_image_ids(images))
-        wanted = slice(0, max(0, len(shown) - start))
-        grid.append((images[wanted], (255 * maps[wanted]).round().byte().cpu().numpy(), classes[wanted]))
+        if start < len(shown):
+            wanted = slice(0, len(shown) - start)
+            bytes_of_maps = (255 * maps[wanted]).round().byte().cpu().numpy()
+            grid.append((images[wanted].copy(), bytes_of_maps, classes[wanted]))  # a view would keep its whole block
     merged = {name: np.concatenate(parts) for name, parts in values.items()}
     yield from _numbers(merged)
     yield from _pictures(grid, found[split], shown, config, context)
