@@ -113,6 +113,15 @@ def test_draws_depend_on_seed_and_row_alone() -> None:
         assert not torch.equal(other[0].to_rgb.weight, alone.to_rgb.weight)
 
 
+def test_image_is_the_top_left_corner() -> None:
+    images = discs(2, 9)
+    network, noise = draw_prior(9, [1, 2], seed=5)
+    expected = to_uint8(network(noise).detach()[:, :, :9, :9])
+    assert network(noise).shape[-1] == 12
+    found = invert_images(TinyBackbone(), images, [1, 2], iterations=0, seed=5)
+    np.testing.assert_array_equal(np.stack([result.reconstruction for result in found]), expected)
+
+
 def test_batch_equals_single_runs() -> None:
     """In float64 rounding stays small over a few steps; groups that shared anything would differ at once."""
     images, backbone, rows = discs(3, 16), TinyBackbone().double(), [4, 0, 9]

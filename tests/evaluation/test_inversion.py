@@ -277,7 +277,12 @@ def test_two_models_side_by_side(two_models: list[ModelResult]) -> None:
     assert "feature_mse" not in {name.split("/")[1] for name in metrics}, "in units of each backbone"
 
 
-def test_many_models_are_compared_with_the_first(two_models: list[ModelResult]) -> None:
+def test_many_models_are_compared_with_the_first(
+    two_models: list[ModelResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for slow in ("picture_grid", "scatter_figure"):
+        monkeypatch.setattr(f"evaluation.inversion_comparison.{slow}", lambda *_: b"")
+
     def pairs(count: int) -> list[str]:
         models = [dataclasses.replace(two_models[i % 2], name=f"m{i}") for i in range(count)]
         found = [output.name for output in inversion.compare(QUICK, models)]
