@@ -29,7 +29,7 @@ from evaluation import linear
 from evaluation.cam_comparison import compare
 from evaluation.cam_figures import model_grid
 from evaluation.cam_statistics import STATISTICS, TOP_SHARE, map_statistics
-from evaluation.linear import LinearConfig, Probes, _RateSearch, stratified_split
+from evaluation.linear import LinearConfig, Probes, RateSearch, stratified_split
 from evaluation.metric import (
     Artifact,
     ClassCounts,
@@ -116,7 +116,7 @@ def protocol(config: CamConfig, phase: Phase) -> dict:
         "source": "Zhou et al., CVPR 2016; Sun et al., AAAI 2022, Fig. 2; the three numbers are ours",
         "phase": phase,
         "split": phase,
-        "map": (
+        "features": (
             f"sum_k w_ck F_k(u, v), c the image's {config.explain}, F the last feature map in eval mode, no bias, no "
             "ReLU; upsampled bilinearly to the image, then min-max to [0, 1]; a constant map becomes 0"
         ),
@@ -129,7 +129,7 @@ def protocol(config: CamConfig, phase: Phase) -> dict:
             f"{config.num_images} of split {phase} (all where it has fewer), class by class in the seeded order in "
             "which nested subsets draw classes; the same for all models with the same classes"
         ),
-        "metrics": {
+        "metric": {
             "cam/area": "share of the pixels above 0.5",
             "cam/spatial_entropy": "-sum p ln p / ln(number of pixels), p = map / sum: 0 one pixel, 1 evenly spread",
             "cam/mass_concentration": f"share of the map's sum in its top {100 * TOP_SHARE:g} % of pixels (rounded up)",
@@ -166,7 +166,7 @@ def evaluate(config: CamConfig, context: EvaluationContext) -> Iterator[Output]:
     if context.backbone is None or context.images is None:
         raise ValueError("cam looks inside the backbone: the evaluation context needs backbone and images.")
     split = context.phase
-    yield Metric("cam/map_side", _map_side(config, context))
+    yield Metric("cam/map_side", float(_map_side(config, context)))
     found = {name: get_features(context, name) for name in splits(config, context.phase)}
     check(config, context.phase, {name: features.class_counts for name, features in found.items()})
     classifier, top1 = fit_classifier(config.classifier, found, context)
@@ -238,7 +238,7 @@ def fit_classifier(
     """
     train, val, scored = found["train"], found["val"], found[context.phase]
     x, y = train.features, train.labels
-    search = _RateSearch(config, len(train.class_names), context)
+    search = RateSearch(config, len(train.class_names), context)
     if context.phase == "val":
         fit, held_out = stratified_split(y, config.holdout, np.random.default_rng(context.seed))
         rate, _ = search.best(x[fit], y[fit], x[held_out], y[held_out])

@@ -45,6 +45,7 @@ from evaluation.paired_images import compare_images
 
 __all__ = [
     "LinearConfig",
+    "RateSearch",
     "check",
     "compare",
     "evaluate",
@@ -180,7 +181,7 @@ def evaluate(config: LinearConfig, context: EvaluationContext) -> Iterator[Outpu
     train, val, scored = found["train"], found["val"], found[context.phase]
     x, y = train.features, train.labels
     num_classes = len(train.class_names)
-    search = _RateSearch(config, num_classes, context)
+    search = RateSearch(config, num_classes, context)
     if context.phase == "val":
         fit, held_out = stratified_split(y, config.holdout, np.random.default_rng(context.seed))
         rate, _ = search.best(x[fit], y[fit], x[held_out], y[held_out])
@@ -212,7 +213,7 @@ def stratified_split(labels: np.ndarray, share: float, rng: np.random.Generator)
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
-class _RateSearch:
+class RateSearch:
     """Fits the grid of learning rates and extends it where the best rate is at its edge."""
 
     def __init__(self, config: LinearConfig, num_classes: int, context: EvaluationContext) -> None:

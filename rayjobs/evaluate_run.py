@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from evaluation import TASKS, Artifact, Features, Metric, ModelResult, Output
 from rayjobs.checkpoint import load_backbone, local_directory
@@ -107,7 +108,7 @@ def _evaluate(
         backbone = backbone.to(device)
         access = _access(setup, model, backbone, device, str(directory), console)
         info = pretraining_info(model.pretrain, model.record)
-        known_to_tasks = {**info, **_executors(setup, str(directory), on_cluster)}
+        known_to_tasks = {**info, **_helpers(setup, str(directory), on_cluster, console)}
         result = evaluate_backbone(
             backbone,
             setup.tasks,
@@ -162,9 +163,22 @@ def _access(
     return FeatureAccess(features, view_features, domains)
 
 
-def _executors(setup: EvaluateSetup, directory: str, on_cluster: bool) -> dict[str, Any]:
-    """How tasks with minutes of work per image reach the cluster."""
-    return {}
+def _helpers(setup: EvaluateSetup, directory: str, on_cluster: bool, console: Console) -> dict[str, Any]:
+    """How tasks with minutes of work per image show their progress and reach the cluster."""
+
+    def say(line: str) -> None:
+        console.print(f"  [dim]{escape(line)}[/dim]", soft_wrap=True, highlight=False)
+
+    if not on_cluster or "inversion" not in setup.tasks:
+        return {"on_progress": say}
+    from rayjobs.inversion_tasks import invert_on_cluster
+
+    config = setup.config
+    resources = {"num_cpus": config.cpus_per_worker, "num_gpus": float(config.use_gpu)}
+    return {
+        "on_progress": say,
+        "inversion_executor": partial(invert_on_cluster, directory, on_progress=say, **resources),
+    }
 
 
 @contextmanager

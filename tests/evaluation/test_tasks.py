@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from evaluation import TASKS, Artifact, Metric, ModelResult, Output, Phase, Samples
+from evaluation.linear import LinearConfig
 from evaluation.metric import REPORT_SPLITS
 from tests.evaluation.synthetic import ImageSplits, PatchBackbone, image_context
 
@@ -22,8 +23,14 @@ QUICK: dict[str, dict[str, Any]] = {
     "linear": {"epochs": 3, "batch_size": 64},
     "knn": {"num_neighbors": 20},
     "few_shot": {"num_tasks": 10},
+    "few_shot_rfs": {"num_tasks": 10, "copies": 2},
+    "linear_readoff": {"epochs": 2, "batch_size": 60},
     "entropy": {},
     "uniformity": {},
+    "alignment": {},
+    "class_geometry": {},
+    "cam": {"num_images": 12, "grid_images": 2, "classifier": LinearConfig(epochs=3, batch_size=64)},
+    "inversion": {"num_images": 2, "iterations": 3},
 }
 IMAGES = ImageSplits()
 
