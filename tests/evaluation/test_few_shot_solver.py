@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from evaluation.few_shot_solver import DualSolution, solve_dual, solve_newton
+from evaluation.few_shot_solver import DualSolution, _inverse, solve_dual, solve_newton
 
 DTYPES = {torch.float32: 2e-4, torch.float64: 1e-6}
 
@@ -46,6 +46,31 @@ def test_weights_equal_scikit_learn(ways: int, shots: int, dtype: torch.dtype) -
         expected_weight, expected_intercept = sklearn_optimum(x[task], labels, 1.0)
         np.testing.assert_allclose(weights[task], expected_weight, atol=DTYPES[dtype])
         np.testing.assert_allclose(solution.intercept[task], expected_intercept, atol=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", [0.02, 0.3])
+def test_five_copies_of_five_shots_equal_scikit_learn(spread: float, dtype: torch.dtype) -> None:
+    """125 support images, copies close together or not, as protocol A' has them; float32 needs no slow method."""
+    plain = problems(num_tasks=3, shots=5, dim=64)
+    noise = torch.randn(3, 25, 5, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = (plain[:, :, None] + spread * noise).flatten(1, 2)
+    x = x / x.norm(dim=2, keepdim=True)
+    labels = torch.arange(5).repeat_interleave(25)
+    solution = solve(x, labels, 1.0, dtype)
+    assert dtype == torch.float64 or solution.num_newton == 0
+    weights = solution.coefficients.double().transpose(1, 2) @ x
+    for task in range(len(x)):
+        expected_weight, expected_intercept = sklearn_optimum(x[task], labels, 1.0)
+        np.testing.assert_allclose(weights[task], expected_weight, atol=DTYPES[dtype])
+        np.testing.assert_allclose(solution.intercept[task], expected_intercept, atol=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("n", [1, 40, 41, 81, 125])
+def test_inverse_in_halves_is_the_inverse(n: int) -> None:
+    x = torch.randn(3, n, 2 * n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    system = torch.eye(n, dtype=torch.float64) + x @ x.transpose(1, 2) / n
+    np.testing.assert_allclose(_inverse(system), torch.linalg.inv(system), atol=1e-12)
 
 
 def test_unbalanced_labels_need_the_free_intercept() -> None:
