@@ -95,11 +95,13 @@ def check_episodes(task: str, options: EpisodeOptions, split: str, counts: Class
         )
 
 
-def draw_episodes(options: EpisodeOptions, num_shots: int, found: Features, seed: int, stream: int = 0) -> Episodes:
-    """``sample_episodes`` over the rows of a split's features."""
+def draw_episodes(
+    options: EpisodeOptions, num_shots: int, found: Features, seed: int, stream: int = 0, num_tasks: int = 0
+) -> Episodes:
+    """``sample_episodes`` over the rows of a split's features; ``num_tasks`` 0 takes that of the options."""
     return sample_episodes(
         found.labels,
-        num_tasks=options.num_tasks,
+        num_tasks=num_tasks or options.num_tasks,
         num_ways=options.num_ways,
         num_shots=num_shots,
         num_queries=options.num_queries,
