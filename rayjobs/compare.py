@@ -3,6 +3,7 @@
 On this machine:        python rayjobs/compare.py
 Some methods, longer:   python rayjobs/compare.py --methods supervised moco_v2 simsiam --epochs 50 --seeds 5
 After an interruption:  python rayjobs/compare.py --resume
+What has been run:      python rayjobs/compare.py --experiment NAME
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from rich.console import Console
 from image_data.prepare import prepare
 from image_data.prepared import PreparedData
 from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, plain, quiet_libraries, user_errors
-from rayjobs.compare_config import CompareConfig, CompareSetup, compare_defaults, prepare_comparison
+from rayjobs.compare_config import (
+    CompareConfig,
+    CompareSetup,
+    check_report_only,
+    compare_defaults,
+    prepare_comparison,
+)
 from rayjobs.comparison import grouped_reasons
 from rayjobs.configs import from_dict
 from rayjobs.named_runs import (
@@ -41,6 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     console = make_console()
     arguments = sys.argv[1:] if argv is None else argv
     config = flat_parse(CompareConfig, compare_defaults(), arguments, __doc__ or "")
+    if config.experiment:
+        with user_errors():
+            _report_only(config, console)
+        return
     with user_errors():
         config = _named(config)
         console.print(f"[bold]Comparison {config.name}[/bold]")
@@ -72,6 +83,26 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         shutdown()
     _say_where(config, console)
+
+
+def _report_only(config: CompareConfig, console: Console) -> None:
+    """Report an experiment that has been run, or runs: no images, no cluster."""
+    from rayjobs.experiment_report import report_experiment
+
+    check_report_only(config)
+    report_experiment(config.experiment, config.output, console, config.write_docs)
+
+
+def _write_page(config: CompareConfig, console: Console) -> None:
+    """The page of a comparison that has printed its table; the results stand even where MLflow is away."""
+    from rayjobs.experiment_report import report_experiment
+
+    try:
+        report_experiment(config.name, config.output, console, is_shown=False)
+    except ValueError as error:
+        console.print(f"No page: {error}", soft_wrap=True, markup=False)
+        again = f"python rayjobs/compare.py --experiment {shlex.quote(config.name)}"
+        console.print(f"Later: {again}", soft_wrap=True, markup=False)
 
 
 def _named(config: CompareConfig) -> CompareConfig:
@@ -129,6 +160,7 @@ def _say_where(config: CompareConfig, console: Console) -> None:
     console.print(f"\nReport     {state_folder(config.output, config.name) / 'comparison.md'}", soft_wrap=True)
     if config.write_docs:
         console.print(f"Copy       {config.write_docs}", soft_wrap=True)
+    _write_page(config, console)
     console.print(f"MLflow     {tracking_summary(default_tracking_uri())}   experiment {config.name}")
 
 

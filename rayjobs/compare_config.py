@@ -11,6 +11,7 @@ from typing import Any
 from image_data.prepare import DataConfig
 from image_data.prepared import PreparedData
 from methods import METHODS
+from rayjobs.cli import differences
 from rayjobs.comparison import columns_of, judged_metric
 from rayjobs.configs import PretrainConfig, TrainConfig, preset, with_parameters
 from rayjobs.job import view_recipes
@@ -20,7 +21,14 @@ from rayjobs.transfer import TaskConfigs, check_tasks, task_configs
 from search_spaces import SpaceContext
 from search_spaces.parameters import preset_parameters
 
-__all__ = ["CompareConfig", "CompareSetup", "changed_settings", "compare_defaults", "prepare_comparison"]
+__all__ = [
+    "CompareConfig",
+    "CompareSetup",
+    "changed_settings",
+    "check_report_only",
+    "compare_defaults",
+    "prepare_comparison",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class CompareConfig:
         output: folder (or URI that all nodes reach) of results and checkpoints.
         resume: continue an interrupted comparison: finished runs stay. A finished one is only written again.
         write_docs: also write the Markdown table to this file.
+        experiment: run nothing; read this finished or running MLflow experiment (of a sweep, comparison or evaluation),
+            print its tables and write its page.
         train: training settings, the same for all methods.
         data: images, splits, subsets.
     """
@@ -46,6 +56,7 @@ class CompareConfig:
     output: str = "results"
     resume: bool = False
     write_docs: str = ""
+    experiment: str = ""
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
@@ -98,6 +109,21 @@ def prepare_comparison(config: CompareConfig, data: PreparedData) -> CompareSetu
         raise ValueError(f"{name} cannot run with these settings: {reason}")
     objective = judged_metric(columns_of(tasks))
     return CompareSetup(config, base, _baselines(base), tasks, objective, left_out)
+
+
+def check_report_only(config: CompareConfig) -> None:
+    """Raise ValueError when ``--experiment``, which runs nothing, comes with flags of a run."""
+    defaults = compare_defaults()
+    used = {"experiment", "output", "write_docs"}
+    idle = [name for name in differences(config, defaults, defaults) if name not in used]
+    if idle:
+        flags = ", ".join(f"--{name.removeprefix('train.').replace('_', '-')}" for name in idle)
+        raise ValueError(
+            f"--experiment {config.experiment} reads what has been run; {flags} would have no effect. Drop it, or drop "
+            "--experiment to run a comparison."
+        )
+    if config.write_docs:
+        _check_docs(Path(config.write_docs).expanduser())
 
 
 def changed_settings(config: PretrainConfig) -> dict[str, list[Any]]:

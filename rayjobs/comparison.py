@@ -14,6 +14,8 @@ from rayjobs.significance import LEVEL, against_best
 from rayjobs.transfer import TaskConfigs
 
 __all__ = [
+    "HIDDEN",
+    "SIGNS",
     "Column",
     "build_row",
     "build_rows",

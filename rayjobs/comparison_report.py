@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from rayjobs.comparison import Column, column_groups, grouped_reasons, marks
@@ -29,9 +30,10 @@ __all__ = [
 
 LABELS = {"random_init": "random init", "random_init_lab": "random init (L and ab encoders)"}
 TIED = "†"
+UNLIMITED = 10_000  # characters: to ask how wide a table wants to be
 MARKS_LEGEND = (
     "Bold: the best mean of a column. †: not significantly worse (Welch's t-test over seeds against the best, "
-    "two-sided, p > 0.05 after Holm's correction over the rows). One seed: no test, no mark."
+    "two-sided, p > 0.05 after Holm's correction over the rows). One seed: no test, no †."
 )
 BOLD = "[bold]{}[/bold]"  # rich's markup; the texts are numbers and our own notes, without brackets
 Results = Mapping[str, Any]
@@ -253,25 +255,48 @@ def print_tables(rows: Rows, columns: Sequence[Column], title: str, console: Con
         rows: as ``build_row`` makes them.
         columns: the metrics.
         title: stands above the first table.
-        console: the terminal.
+        console: the terminal; where it is too narrow for the notes they follow as lines.
         with_seeds: show each row's number of finished runs.
     """
     for i, (part, group) in enumerate(column_groups(columns)):
-        table = Table(title=title if i == 0 and not part else f"{title}. {part}" if i == 0 else part)
-        table.title_justify = "left"
-        table.add_column("method", no_wrap=True)
-        for column in group:
-            table.add_column(column.heading.replace("way ", "way\n"), justify="right", no_wrap=True)
-        for name in (["seeds"] if with_seeds else []) + (["images/s"] if i == 0 else []):
-            table.add_column(name, justify="right", no_wrap=True)
-        if i == 0:
-            table.add_column("note", overflow="fold")
-        for row, texts in zip(rows, _lines(rows, group, BOLD, i == 0), strict=True):
-            seeds = [str(row["finished"])] if with_seeds else []
-            cells = texts[: len(group)] + seeds + texts[len(group) :]
-            table.add_row(_label(row), *cells, style="cyan" if row["is_baseline"] else "")
+        heads = [title if i == 0 else "", part]
+        table = _terminal_table(rows, group, ". ".join(filter(None, heads)), with_seeds, i == 0, with_notes=i == 0)
+        is_wide = Measurement.get(console, console.options.update_width(UNLIMITED), table).maximum > console.width
+        if i == 0 and is_wide:
+            table = _terminal_table(rows, group, ". ".join(filter(None, heads)), with_seeds, True, with_notes=False)
         console.print()
         console.print(table)
+        if i == 0 and is_wide:
+            _print_notes(rows, console)
+
+
+def _terminal_table(
+    rows: Rows, group: Sequence[Column], title: str, with_seeds: bool, with_speed: bool, with_notes: bool
+) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for column in group:
+        table.add_column(column.heading.replace("way ", "way\n"), justify="right", no_wrap=True)
+    for name in (["seeds"] if with_seeds else []) + (["images/s"] if with_speed else []):
+        table.add_column(name, justify="right", no_wrap=True)
+    if with_notes:
+        table.add_column("note", no_wrap=True)
+    for row, texts in zip(rows, _lines(rows, group, BOLD, with_speed), strict=True):
+        seeds = [str(row["finished"])] if with_seeds else []
+        cells = texts[: len(group)] + seeds + texts[len(group) :]
+        shown = cells if with_notes or not with_speed else cells[:-1]
+        table.add_row(_label(row), *shown, style="cyan" if row["is_baseline"] else "")
+    return table
+
+
+def _print_notes(rows: Rows, console: Console) -> None:
+    """Each note once, with the rows that it is about."""
+    about: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row["notes"]:
+            about.setdefault(note, []).append(_label(row))
+    for note, names in about.items():
+        console.print(f"{note}: {', '.join(names)}", markup=False)
 
 
 def save_plot(results: Results, folder: Path) -> Path | None:
