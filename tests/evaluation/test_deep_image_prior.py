@@ -217,6 +217,6 @@ def test_what_cannot_be_inverted_is_refused() -> None:
         invert_images(TinyBackbone(), images[:, :, :8], [0], iterations=2)
     broken = TinyBackbone()
     with torch.no_grad():
-        broken.body[0].weight[0] = float("nan")
+        next(broken.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN or infinity"):
         invert_images(broken, images, [0], iterations=2)
