@@ -15,6 +15,7 @@ from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 
 __all__ = [
     "EXIT_INTERRUPTED",
@@ -26,6 +27,7 @@ __all__ = [
     "option_value",
     "plain",
     "quiet_libraries",
+    "show_warnings",
     "user_errors",
 ]
 
@@ -112,6 +114,20 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("ray", "optuna", "mlflow", "alembic", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def show_warnings(console: Console) -> None:
+    """Our own warnings as one line each, said once, instead of Python's two with a place in the code."""
+    said: set[str] = set()
+
+    def show(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+        text = str(message)
+        if issubclass(category, RuntimeWarning) and text not in said:
+            said.add(text)
+            console.print(f"[yellow]Warning:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
+
+    warnings.simplefilter("always", RuntimeWarning)
+    warnings.showwarning = show
 
 
 def differences(mine: Any, stored: Any, default: Any) -> list[str]:

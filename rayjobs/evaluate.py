@@ -20,14 +20,18 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluation import Metric
-from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, plain, quiet_libraries, user_errors
+from rayjobs.cli import EXIT_INTERRUPTED, flat_parse, make_console, plain, quiet_libraries, show_warnings, user_errors
 from rayjobs.evaluate_config import EvaluateConfig, EvaluateSetup, prepare_evaluation
+from rayjobs.number_text import metric_text, value_text
+
+P_VALUES = ("/p_value", "/p_value_holm")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, evaluate, compare, print, write."""
     quiet_libraries()
     console = make_console()
+    show_warnings(console)
     config = flat_parse(EvaluateConfig, None, argv, __doc__ or "")
     with user_errors():
         setup = prepare_evaluation(config, plain(console))
@@ -64,13 +68,6 @@ def main(argv: list[str] | None = None) -> None:
         _log(setup, finished, metrics, bool(files), console)
 
 
-def _cell(metric: dict[str, Any] | None) -> str:
-    """Two decimals beside an interval; four digits for the rest, learning rates among them."""
-    if metric is None:
-        return ""
-    return f"{metric['value']:.4g}" if metric["ci95"] is None else f"{metric['value']:.2f} ± {metric['ci95']:.2f}"
-
-
 def _print_models(setup: EvaluateSetup, models: list[tuple[str, dict[str, Any]]], console: Console) -> None:
     """Metrics down, models across."""
     table = Table(title=f"{setup.config.phase} split", title_justify="left")
@@ -78,20 +75,25 @@ def _print_models(setup: EvaluateSetup, models: list[tuple[str, dict[str, Any]]]
     for name, _ in models:
         table.add_column(name, justify="right", overflow="fold")
     for metric in models[0][1]:
-        table.add_row(metric, *[_cell(metrics.get(metric)) for _, metrics in models])
+        table.add_row(metric, *[metric_text(metrics.get(metric)) for _, metrics in models])
     table.caption = "± half width of the 95 % interval over tasks or images of one model, not over seeds"
     console.print()
     console.print(table)
 
 
 def _print_comparison(metrics: list[Metric], console: Console) -> None:
+    """One line per difference, its p-value (after Holm's adjustment where there is one) beside it."""
     table = Table(title="Models compared, entry by entry on the same images and tasks", title_justify="left")
-    table.add_column("metric", overflow="fold")
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("n", justify="right", no_wrap=True)
+    table.add_column("metric, models", overflow="fold")
+    for heading in ("difference", "p", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    values = {metric.name: metric for metric in metrics}
     for m in metrics:
+        if m.name.endswith(P_VALUES):
+            continue
+        p = next((values[m.name + end] for end in reversed(P_VALUES) if m.name + end in values), None)
         count = "" if m.n is None else f"{m.n:,}"
-        table.add_row(m.name, _cell({"value": m.value, "ci95": m.ci95}), count)
+        table.add_row(m.name, value_text(m.value, m.ci95), "" if p is None else f"{p.value:.3g}", count)
     console.print(table)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from rayjobs.checkpoint import load_backbone, local_directory
 from rayjobs.cli import user_errors
 from rayjobs.evaluate_config import EvaluateSetup, Model
 from rayjobs.job import set_threads, uses_memory, worker_device
+from rayjobs.number_text import value_text
 from rayjobs.record import data_record, git_revision, package_versions
 from rayjobs.result_files import read_samples, write_files
 from rayjobs.transfer import (
@@ -36,6 +38,7 @@ from rayjobs.tune_session import write_json
 __all__ = ["RESULT", "Evaluated", "compared", "evaluate_models", "metric_line"]
 
 RESULT, PARTIAL = "result.json", "partial.json"
+PROGRESS_SECONDS = 15.0  # at least, between two lines of progress within a task
 
 
 class Evaluated:
@@ -166,8 +169,13 @@ def _access(
 def _helpers(setup: EvaluateSetup, directory: str, on_cluster: bool, console: Console) -> dict[str, Any]:
     """How tasks with minutes of work per image show their progress and reach the cluster."""
 
+    said = 0.0
+
     def say(line: str) -> None:
-        console.print(f"  [dim]{escape(line)}[/dim]", soft_wrap=True, highlight=False)
+        nonlocal said
+        if time.monotonic() - said >= PROGRESS_SECONDS:
+            said = time.monotonic()
+            console.print(f"  [dim]{escape(line)}[/dim]", soft_wrap=True, highlight=False)
 
     if not on_cluster or "inversion" not in setup.tasks:
         return {"on_progress": say}
@@ -237,7 +245,5 @@ def compared(setup: EvaluateSetup, evaluated: list[Evaluated]) -> tuple[list[Met
 
 def metric_line(metric: Metric) -> str:
     """Name, value, interval and sample count on one line."""
-    interval = "" if metric.ci95 is None else f" ± {metric.ci95:.2f}"
-    count = "" if metric.n is None else f"   n = {metric.n}"
-    value = f"{metric.value:.4g}" if metric.ci95 is None else f"{metric.value:.2f}"
-    return f"{metric.name:<36} {value}{interval}{count}"
+    count = "" if metric.n is None else f"   n = {metric.n:,}"
+    return f"{metric.name:<36} {value_text(metric.value, metric.ci95)}{count}"

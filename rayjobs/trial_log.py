@@ -15,6 +15,7 @@ from rich.markup import escape
 from methods.monitors import COLLAPSED_SPREAD, is_collapsed
 from rayjobs.checkpoint import save_transfer_checkpoint
 from rayjobs.configs import PretrainConfig, config_hash, to_dict
+from rayjobs.number_text import metric_text
 from rayjobs.ray_tune import SweepPlan, run_label, run_name, trial_config
 from rayjobs.record import trial_record
 from rayjobs.result_files import copy_files
@@ -27,7 +28,6 @@ __all__ = [
     "has_collapsed",
     "log_epoch",
     "log_transfer",
-    "metric_text",
 ]
 
 NOT_METRICS = ("epoch", "step", "curve")
@@ -82,14 +82,6 @@ def collapse_text(metrics: Mapping[str, float]) -> str:
         "It will transfer poorly. Try a lower --learning-rate, more --warmup-epochs or a larger "
         "--batch-size; if the method's own settings were changed, go back to its defaults."
     )
-
-
-def metric_text(metric: Mapping[str, Any] | None) -> str:
-    """``61.20 ± 0.75`` or an empty string."""
-    if metric is None:
-        return ""
-    text = f"{metric['value']:.2f}"
-    return text if metric.get("ci95") is None else f"{text} ± {metric['ci95']:.2f}"
 
 
 class TrialLog:
