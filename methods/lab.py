@@ -28,7 +28,8 @@ _LAB_SHIFT = (-16.0, 0.0, 0.0)
 @lru_cache(maxsize=32)
 def _constant(values: tuple, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """A tensor of constants that stays on the device: a copy from the host would wait for it in every step."""
-    return torch.tensor(values, dtype=dtype, device=device).view(shape)
+    with torch.inference_mode(False):  # one made in inference mode could not serve a gradient later
+        return torch.tensor(values, dtype=dtype, device=device).view(shape)
 
 
 def _like(x: Tensor, values: tuple, shape: tuple[int, ...] = (3, 1, 1)) -> Tensor:
@@ -40,7 +41,6 @@ def _mix(x_B3HW: Tensor, matrix: tuple[tuple[float, ...], ...]) -> Tensor:
     return F.conv2d(x_B3HW, _like(x_B3HW, matrix, (3, 3, 1, 1)))
 
 
-@torch.no_grad()
 def rgb_to_lab(rgb_B3HW: Tensor) -> Tensor:
     """L in [0, 100], a and b in about [-110, 110]; float32 or better.
 
@@ -55,7 +55,6 @@ def rgb_to_lab(rgb_B3HW: Tensor) -> Tensor:
         return _mix(f, _TO_LAB) + _like(f, _LAB_SHIFT)
 
 
-@torch.no_grad()
 def normalized_lab(x_B3HW: Tensor) -> Tensor:
     """Views as the stream delivers them (ImageNet-normalised RGB) -> Lab with L / 50 - 1, a / 50, b / 50.
 
