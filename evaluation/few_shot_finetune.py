@@ -86,7 +86,7 @@ class FewShotFinetuneConfig:
     num_queries: int = 15
     num_tasks: int = 600
     num_search_tasks: int = 300
-    learning_rates: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     epochs: int = 100
     batch_size: int = 4
     momentum: float = 0.9
