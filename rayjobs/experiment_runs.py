@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,8 +160,8 @@ class Store:
         text = self.text(run_id, path)
         return None if text is None else json.loads(text)
 
-    def list_files(self, run_id: str, suffix: str, skip: tuple[str, ...] = ("checkpoint", "report")) -> list[str]:
-        """Paths of a run's artifacts that end in ``suffix``, folders included, some top folders left out."""
+    def list_files(self, run_id: str, suffix: str, skip: Sequence[str] = ()) -> list[str]:
+        """Paths of a run's artifacts that end in ``suffix``, folders included, but those in ``skip``."""
         from mlflow.exceptions import MlflowException
 
         found, folders = [], [""]

@@ -33,6 +33,7 @@ __all__ = ["html_page"]
 
 # The browser itself then refuses whatever would go over the network. plotly's WebGL figures compile functions.
 POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
+NO_PICTURES = ("checkpoint", "report", "plots")  # folders; "plots" holds what the page draws itself
 MOST_PICTURES = 60
 LARGEST_PICTURE = 1_200_000  # bytes; larger ones are scaled down
 WIDEST_PICTURE = 1600  # pixels, of one that is scaled down
@@ -95,10 +96,10 @@ class _Page:
         )
 
 
-def _table(headings: Sequence[str], rows: Sequence[str], num_text: Sequence[int] = (0,)) -> str:
-    """A sortable table; ``num_text`` are the columns that hold text."""
+def _table(headings: Sequence[str], rows: Sequence[str], text_columns: Sequence[int] = (0,)) -> str:
+    """A sortable table; ``text_columns`` are the columns that hold text."""
     head = "".join(
-        f'<th scope="col"{" class=text" if i in num_text else ""}><button>{escape(heading)}</button></th>'
+        f'<th scope="col"{" class=text" if i in text_columns else ""}><button>{escape(heading)}</button></th>'
         for i, heading in enumerate(headings)
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
@@ -206,7 +207,7 @@ def _pictures(experiment: Experiment) -> str:
     one_each = {run.label: run for run in reversed(experiment.runs) if run.outcome == "finished"}
     found: dict[str, list[tuple[ExperimentRun, str]]] = {}
     for run in [*shared, *reversed(one_each.values())]:
-        for path in experiment.store.list_files(run.run_id, ".png"):
+        for path in experiment.store.list_files(run.run_id, ".png", NO_PICTURES):
             found.setdefault(path.removeprefix("evaluation_test/"), []).append((run, path))
     parts, count, total = [], 0, sum(len(items) for items in found.values())
     for title, items in found.items():
@@ -226,7 +227,7 @@ def _pictures(experiment: Experiment) -> str:
             parts.append(f'<h3>{escape(title)}</h3><div class="pictures">{"".join(figures)}</div>')
     if not parts:
         return ""
-    note = "Of the first finished run of each method. A click enlarges."
+    note = "Of the whole experiment, and of the first finished run of each method. A click enlarges."
     note += f" {total - count} further pictures are in MLflow." if total > count else ""
     return f'<p class="caption">{note}</p>' + "".join(parts)
 

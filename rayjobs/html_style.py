@@ -11,7 +11,7 @@ STYLE = """
   --head: #1d232d; --accent: #7ab4f5; --good: #6fcf8b; --bad: #f28b82; --stripe: #181d25; --grid: #2b3340; } }
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; }
-body { margin: 0 auto; padding: 1.5rem clamp(1rem, 3vw, 2.5rem) 4rem; max-width: 1360px; background: var(--page);
+body { margin: 0 auto; padding: 1.5rem clamp(1rem, 3vw, 2.5rem) 4rem; max-width: 1400px; background: var(--page);
   color: var(--text); font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
 h1 { margin: 0 0 .75rem; font-size: 1.7rem; overflow-wrap: anywhere; }
 h2 { margin: 2.75rem 0 .75rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); font-size: 1.25rem; }
@@ -30,14 +30,14 @@ dd { margin: 0; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .38rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: .38rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 tbody tr:last-child td { border-bottom: 0; }
 thead th { background: var(--head); text-align: right; vertical-align: bottom; }
 th:first-child, td:first-child { position: sticky; left: 0; text-align: left; background: var(--page); }
 thead th:first-child { background: var(--head); }
 tbody tr:nth-child(even) td { background: var(--stripe); }
 td.text, th.text { text-align: left; }
-td.wrap { white-space: normal; min-width: 11rem; }
+td.wrap { white-space: normal; min-width: 9.5rem; }
 td.long { min-width: 18rem; }
 td.best { font-weight: 700; }
 tr.baseline td { color: var(--accent); }
@@ -83,7 +83,7 @@ function draw() {
   for (const div of document.querySelectorAll(".plot")) {
     const figure = JSON.parse(document.getElementById(div.id + "-data").textContent);
     const { data, layout } = themed(figure, div.clientWidth);
-    Plotly.react(div, data, layout, { responsive: true, displaylogo: false,
+    Plotly.react(div, data, layout, { responsive: true, displaylogo: false, showSendToCloud: false,
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"] });
   }
 }

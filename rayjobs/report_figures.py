@@ -34,6 +34,7 @@ COLOURS = (
 )
 SYMBOLS, DASHES = ("circle", "square", "diamond"), ("solid", "dash", "dot")
 SWEPT = ("learning_rate", "warmup_epochs", "temperature", "queue_size", "momentum", "projector_depth")
+LEGEND_LINE = 20  # pixels
 MOST_AXES = 9
 LEAST_TRIALS = 4  # for an importance
 MOST_NAMED_RUNS = 24  # legend entries of single runs; beyond, one entry per method
@@ -245,8 +246,10 @@ def accuracy_by_compute(runs: Sequence[ExperimentRun], objective: Column, phase:
         return Figure(None, "No finished run has logged the time of its epochs.")
     unit = "GPU" if trained[0].uses_gpu else "CPU core"
     traces, times, seen = [], [], []
-    for label, (colour, symbol, _) in _styles(trained).items():
+    for label, (colour, symbol, _) in _styles(runs).items():
         members = [run for run in trained if run.label == label]
+        if not members:
+            continue
         times.append([run.device_seconds for run in members])
         seen.append([run.images_seen for run in members])
         half = [run.downstream(phase)[objective.metric]["ci95"] or 0 for run in members]
@@ -266,7 +269,7 @@ def accuracy_by_compute(runs: Sequence[ExperimentRun], objective: Column, phase:
         "One point per run, bars: its interval over tasks or images. Time: training steps only, times GPUs (or CPU "
         "cores), beside whatever else ran on the machine."
     )
-    return Figure({"data": traces, "layout": layout}, caption, 460)
+    return Figure({"data": traces, "layout": layout}, caption, 440 + LEGEND_LINE * max(0, len(traces) - 16))
 
 
 def curves(runs: Sequence[ExperimentRun], metric: str, title: str, is_scaled: bool = False) -> Figure:
@@ -281,7 +284,7 @@ def curves(runs: Sequence[ExperimentRun], metric: str, title: str, is_scaled: bo
     known = [run for run in runs if run.curves.get(metric)]
     if not known:
         return Figure(None, f"No run has logged {title}.")
-    styles, traces, named = _styles(known), [], set()
+    styles, traces, named = _styles(runs), [], set()
     is_grouped = len(known) > MOST_NAMED_RUNS
     for run in known:
         colour, symbol, dash = styles[run.label]
@@ -303,7 +306,8 @@ def curves(runs: Sequence[ExperimentRun], metric: str, title: str, is_scaled: bo
             trace["y"] = values
         layout["yaxis"]["title"]["text"] = f"{title}, scaled"
         layout["updatemenus"] = _buttons("y", {"scaled": (scaled, f"{title}, scaled"), "values": (plain, title)})
-    return Figure({"data": traces, "layout": layout}, "", 460 if is_grouped else 440)
+    names = len({run.label for run in known}) if is_grouped else len(known)
+    return Figure({"data": traces, "layout": layout}, "", 350 + LEGEND_LINE * math.ceil(names / 3))
 
 
 def _scaled(runs: Sequence[ExperimentRun], metric: str) -> list[list[float]]:
@@ -327,4 +331,4 @@ def _buttons(axis: str, choices: Mapping[str, tuple[list[Any], str]]) -> list[di
         for label, (values, title) in choices.items()
     ]
     menu = {"type": "buttons", "direction": "right", "buttons": buttons, "x": 0, "y": 1.03, "xanchor": "left"}
-    return [{**menu, "yanchor": "bottom", "pad": {"b": 0}}]
+    return [{**menu, "yanchor": "bottom", "showactive": False}]
