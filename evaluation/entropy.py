@@ -167,13 +167,13 @@ def feature_spectrum(x: np.ndarray, device: str = "cpu", *, normalize: bool = Fa
         centred = torch.cat(list(float64_blocks(rows, device, scales))).sub_(mean)
         scatter = centred @ centred.T
         along = centred @ mean
-        raw = scatter + along + along[:, None] + mean.square().sum()
+        shift = (along + along[:, None]).add_(mean.square().sum())
     else:
         scatter = centred_scatter(rows, mean, device, scales)
-        raw = scatter + n * torch.outer(mean, mean)
+        shift = torch.outer(n * mean, mean)
     collapsed = scatter.trace() <= COLLAPSED * n * mean.square().sum()
     variances = torch.zeros_like(mean[:n]) if collapsed else torch.linalg.eigvalsh(scatter).clamp_(min=0)
-    return Spectrum(variances, torch.linalg.eigvalsh(raw).clamp_(min=0).sqrt_())
+    return Spectrum(variances, torch.linalg.eigvalsh(scatter.add_(shift)).clamp_(min=0).sqrt_())
 
 
 def spectral_entropy(weights: Tensor) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["as_tensor", "centred_scatter", "float64_blocks", "inverse_norms", "mean_row", "row_norms", "unit_rows"]
 
 BLOCK = 1024  # rows converted at once: 16 MB of float64 at 2048 dimensions
+NORM_BLOCK = 128
 
 
 def as_tensor(x: np.ndarray) -> Tensor:
@@ -27,7 +28,9 @@ def as_tensor(x: np.ndarray) -> Tensor:
 
 def row_norms(rows: Tensor) -> Tensor:
     """Lengths, float64 (N,), of rows (N, D)."""
-    return torch.cat([block.double().norm(dim=1) for block in rows.split(BLOCK)])
+    # One small buffer that stays in the cache: new blocks of float64 take four times as long.
+    buffer = torch.empty(NORM_BLOCK, rows.shape[1], dtype=torch.float64, device=rows.device)
+    return torch.cat([buffer[: len(block)].copy_(block).norm(dim=1) for block in rows.split(NORM_BLOCK)])
 
 
 def inverse_norms(norms: Tensor) -> Tensor:
