@@ -16,8 +16,9 @@ from rayjobs.comparison import columns_of, judged_metric
 from rayjobs.configs import PretrainConfig, TrainConfig, preset, with_parameters
 from rayjobs.job import view_recipes
 from rayjobs.sweep_config import checked_batch
+from rayjobs.task_options import TaskOptions, chosen_tasks
 from rayjobs.train_loop import method_context
-from rayjobs.transfer import TaskConfigs, check_tasks, task_configs
+from rayjobs.transfer import TaskConfigs, check_tasks
 from search_spaces import SpaceContext
 from search_spaces.parameters import preset_parameters
 
@@ -38,13 +39,14 @@ class CompareConfig:
     Attributes:
         methods: methods to compare; empty takes all that can run with these settings.
         seeds: runs per method, with seeds --seed, --seed + 1, ...; at least 2, since one gives no interval.
-        tasks: downstream tasks of the table.
+        tasks: downstream tasks of the table; frozen stands for all that need nothing but a checkpoint's own data.
         name: name of the comparison: folder under --output and MLflow experiment; empty makes one from the time.
         output: folder (or URI that all nodes reach) of results and checkpoints.
         resume: continue an interrupted comparison: finished runs stay. A finished one is only written again.
         write_docs: also write the Markdown table to this file.
         experiment: run nothing; read this finished or running MLflow experiment (of a sweep, comparison or evaluation),
             print its tables and write its page.
+        options: options of the tasks.
         train: training settings, the same for all methods.
         data: images, splits, subsets.
     """
@@ -57,6 +59,7 @@ class CompareConfig:
     resume: bool = False
     write_docs: str = ""
     experiment: str = ""
+    options: TaskOptions = field(default_factory=TaskOptions)  # pyright: ignore[reportInvalidTypeForm] - made of TASKS
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
@@ -74,7 +77,7 @@ class CompareSetup:
         config: what the user asked for.
         base: method -> the configuration of its runs, in the order of ``METHODS``.
         baselines: method whose untrained backbone is a row of its own -> its configuration; one per kind of backbone.
-        tasks: downstream tasks of the table.
+        tasks: downstream tasks of the table; frozen stands for all that need nothing but a checkpoint's own data.
         objective: metric that the notes and the plot judge by.
         left_out: method -> why it cannot run with these settings.
     """
@@ -96,7 +99,12 @@ def prepare_comparison(config: CompareConfig, data: PreparedData) -> CompareSetu
     """
     _check_numbers(config)
     checked_batch(config.train, data)
-    tasks = task_configs(list(dict.fromkeys(config.tasks)))
+    tasks = chosen_tasks(config.tasks, config.options)
+    if "domains" in tasks:
+        raise ValueError(
+            "--tasks domains needs further data sets, which only rayjobs/evaluate.py takes (--domains NAME=URI): drop "
+            "it here, and evaluate the checkpoints with it afterwards."
+        )
     check_tasks(tasks, "test", data)
     base, left_out = {}, {}
     for method in _selected(config):

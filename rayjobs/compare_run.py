@@ -125,7 +125,9 @@ def _start(session: TuneSession, setup: CompareSetup, cluster: ClusterInfo, comm
 
 def _log_parent(session: TuneSession, setup: CompareSetup) -> None:
     config = to_dict(setup.config)
-    flat = {k: v for k, v in config.items() if k not in ("train", "data")}
+    flat = {k: v for k, v in config.items() if k not in ("train", "data", "options")}
+    for task in setup.tasks:
+        flat |= {f"{task}_{name}": value for name, value in config["options"][task].items()}
     session.parent.params({**flat, **config["train"], **{f"data_{k}": v for k, v in config["data"].items()}})
     session.parent.tags({"objective": setup.objective, "data_fingerprint": session.data.fingerprint})
     session.parent.json({"config": config, "data": data_record(session.data)}, COMPARISON.state)

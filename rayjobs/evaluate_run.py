@@ -235,9 +235,9 @@ def compared(setup: EvaluateSetup, evaluated: list[Evaluated]) -> tuple[list[Met
     """What the tasks say of all models together; nothing for a single one."""
 
     def same_images(task: str) -> bool:
-        split = TASKS[task].protocol(setup.tasks[task], setup.config.phase)["split"]
         if task == "domains":
-            return True
+            return True  # the same further data sets for all models
+        split = TASKS[task].protocol(setup.tasks[task], setup.config.phase)["split"]
         return len({split_key(model.data.split(split)) for model in setup.models}) == 1
 
     return compare_models(setup.tasks, [one.result() for one in evaluated], same_images)

@@ -114,9 +114,12 @@ def image_context(
     extractor = FeatureExtractor(backbone)
     asked = [] if asked is None else asked
 
+    def extracted(split: str) -> Features:
+        return Features(extractor(splits.pixels[split]), splits.labels[split], splits.names)
+
     def features(split: str) -> Features:
         asked.append(split)
-        return Features(extractor(splits.pixels[split]), splits.labels[split], splits.names)
+        return extracted(split)
 
     def view_features(
         split: str, recipe: str, *, epoch: int = 0, shuffle: bool = False, batch_size: int = 256
@@ -143,5 +146,6 @@ def image_context(
         backbone=backbone,
         view_features=view_features,
         images=images,
+        domains={"shapes": lambda split: extracted({"train": "train", "test": "test"}[split])},
         info={"method": "moco_v2", "num_classes": len(splits.names), "labels_used": False},
     )
