@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from image_data.contracts import SPLITS, DataError
 from image_data.layouts.celeba import CELEBA_LAYOUTS
 from image_data.layouts.cifar import CIFAR_LAYOUTS
+from image_data.layouts.domains import DOMAIN_LAYOUTS
 from image_data.layouts.few_shot import FEW_SHOT_LAYOUTS
 from image_data.layouts.imagenet import IMAGENET_LAYOUTS
 from image_data.layouts.layout import Arrays, ArraySource, Layout, ListedSource, layout_error
@@ -22,6 +23,7 @@ LAYOUTS: dict[str, Layout] = {
     **IMAGENET_LAYOUTS,
     **PLACES_LAYOUTS,
     **CELEBA_LAYOUTS,
+    **DOMAIN_LAYOUTS,
 }
 
 

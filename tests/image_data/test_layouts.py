@@ -19,7 +19,7 @@ from image_data.layouts import LAYOUTS, Arrays, ArraySource, ListedSource, open_
 from image_data.layouts.cifar import read_pickle
 from image_data.prepare import DataConfig, PreparedData, prepare
 from image_data.subset import SubsetConfig
-from image_data.uri import Files, parse_uri
+from image_data.uri import SCHEMES, Files, parse_uri
 from tests.image_data import layout_samples as samples
 from tests.image_data.samples import picture, table, write_folder
 
@@ -51,6 +51,14 @@ def test_layouts_are_described():
         assert "DIR/" in layout.tree or "DIR" in layout.tree
         assert layout.source
         assert f"{name}:DIR" in layout.example
+
+
+def test_the_page_of_the_docs_has_every_scheme_and_option():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    schemes = SCHEMES | LAYOUTS
+    assert [name for name in schemes if f"`{name}:" not in page] == []
+    missing = [f"{name} {key}" for name, layout in LAYOUTS.items() for key in layout.options if f"{key}=" not in page]
+    assert missing == []
 
 
 @pytest.mark.parametrize("scheme", LAYOUTS)
