@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["as_tensor", "centred_scatter", "float64_blocks", "inverse_norms", "mean_row", "row_norms", "unit_rows"]
+__all__ = [
+    "as_tensor",
+    "centred_scatter",
+    "float64_blocks",
+    "inverse_norms",
+    "mean_row",
+    "row_norms",
+    "unit_rows",
+    "warn_of_zero_rows",
+]
 
 BLOCK = 1024  # rows converted at once: 16 MB of float64 at 2048 dimensions
 NORM_BLOCK = 128

@@ -128,6 +128,15 @@ def test_collapsed_features_are_zero_with_a_warning(normalize: bool) -> None:
     assert metrics[4].value == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("n", [7, 90])
+def test_rounding_of_equal_rows_is_no_variance(n: int) -> None:
+    row = np.random.default_rng(0).normal(size=(1, 40)).astype(np.float32)
+    assert not feature_spectrum(np.repeat(row, n, axis=0), normalize=True).variances.any()
+    other = np.repeat(row, n, axis=0)
+    other[3, 5] = np.nextafter(other[3, 5], np.float32(9))  # the least difference there is
+    assert feature_spectrum(other, normalize=True).variances.any()
+
+
 def test_zero_vectors_and_constant_dimensions() -> None:
     x = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
     x[:, 2] = 5

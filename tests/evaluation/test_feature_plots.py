@@ -128,6 +128,9 @@ def test_models_share_a_figure_when_they_show_the_same_images() -> None:
     with pytest.warns(RuntimeWarning, match="other images"):
         assert list(feature_plots.compare(QUICK, models[1:])) == []
     assert list(feature_plots.compare(QUICK, models[:1])) == []
+    swapped = {**models[1].samples, "feature_plots/classes": 1 - models[1].samples["feature_plots/classes"]}
+    with pytest.warns(RuntimeWarning, match="other images"):
+        assert list(feature_plots.compare(QUICK, [models[0], dataclasses.replace(models[1], samples=swapped)])) == []
     assert list(feature_plots.compare(FeaturePlotsConfig(methods=("umap",)), models)) == []
 
 
@@ -137,6 +140,7 @@ def test_tiny_and_degenerate_sets_give_finite_maps() -> None:
         positions = embed(x.astype(np.float32), "tsne", FeaturePlotsConfig(), 0)
         assert positions.shape == (len(x), 2)
         assert np.isfinite(positions).all()
+        np.testing.assert_array_equal(embed(x.astype(np.float32), "tsne", FeaturePlotsConfig(), 0), positions)
     with pytest.raises(ValueError, match="at least 4"):
         embed(np.ones((3, 2), np.float32), "tsne", FeaturePlotsConfig(), 0)
 
