@@ -165,15 +165,14 @@ def feature_spectrum(x: np.ndarray, device: str = "cpu", *, normalize: bool = Fa
     mean = mean_row(rows, device, scales)
     if n <= dim:
         centred = torch.cat(list(float64_blocks(rows, device, scales))).sub_(mean)
-        scatter = centred @ centred.T
-        along = centred @ mean
-        shift = (along + along[:, None]).add_(mean.square().sum())
+        scatter, left, right = centred @ centred.T, torch.ones_like(mean[:n]), centred @ mean + mean.square().sum() / 2
     else:
-        scatter = centred_scatter(rows, mean, device, scales)
-        shift = torch.outer(n * mean, mean)
+        scatter, left, right = centred_scatter(rows, mean, device, scales), mean, mean * (n / 2)
     collapsed = scatter.trace() <= COLLAPSED * n * mean.square().sum()
     variances = torch.zeros_like(mean[:n]) if collapsed else torch.linalg.eigvalsh(scatter).clamp_(min=0)
-    return Spectrum(variances, torch.linalg.eigvalsh(scatter.add_(shift)).clamp_(min=0).sqrt_())
+    # The same matrix of the features as they are: two of these matrices at a time would be 70 MB at 2048 dimensions.
+    scatter.addr_(left, right).addr_(right, left)
+    return Spectrum(variances, torch.linalg.eigvalsh(scatter).clamp_(min=0).sqrt_())
 
 
 def spectral_entropy(weights: Tensor) -> float:

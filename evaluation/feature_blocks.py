@@ -24,7 +24,7 @@ __all__ = [
     "warn_of_zero_rows",
 ]
 
-BLOCK = 1024  # rows converted at once: 16 MB of float64 at 2048 dimensions
+BLOCK = 512  # rows converted at once: 8 MB of float64 at 2048 dimensions
 NORM_BLOCK = 128
 
 
