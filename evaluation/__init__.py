@@ -116,6 +116,7 @@ TASKS: dict[str, TaskSpec] = {
         check=knn.check,
         metric_names=knn.metric_names,
         summary="top-1 of 200 nearest neighbours with weighted votes",
+        compare=knn.compare,
     ),
     "few_shot": TaskSpec(
         name="few_shot",

@@ -70,7 +70,7 @@ def compare(config: CamConfig, models: Sequence[ModelResult]) -> Iterator[Metric
             rows.append([name, first.name, second.name, *found])
             if first is models[0]:
                 pair = f"{_slug(second.name)}_minus_{_slug(first.name)}"
-                yield Metric(f"{name}_difference/{pair}", found.value, found.ci95, found.n)
+                yield Metric(f"{name}/{pair}", found.value, found.ci95, found.n)
     yield Artifact("cam/differences.csv", _table(rows))
 
 

@@ -42,6 +42,8 @@ ClassCounts = dict[str, tuple[int, ...]]
 # What only the final report may read.
 REPORT_SPLITS = ("test", "novel_classes")
 
+FINITE_BLOCK = 16_384  # rows
+
 Z95 = 1.959963984540054  # 97.5 % point of the standard normal distribution
 
 
@@ -230,7 +232,7 @@ def get_features(context: EvaluationContext, split: str) -> Features:
             f"features of split {split!r} have shape {x.shape} with labels {found.labels.shape}; expected (N, D) with "
             "(N,), N and D at least 1."
         )
-    bad_rows = np.flatnonzero(~np.isfinite(x).all(axis=1))
+    bad_rows = _not_finite(x)
     if len(bad_rows):
         raise ValueError(
             f"{len(bad_rows):,} of {len(x):,} feature vectors of split {split!r} contain NaN or infinity (first: row "
@@ -241,6 +243,12 @@ def get_features(context: EvaluationContext, split: str) -> Features:
         message = f"all {len(x):,} feature vectors of split {split!r} are identical: the backbone has collapsed"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return found
+
+
+def _not_finite(x: np.ndarray) -> np.ndarray:
+    """Rows of ``x`` with NaN or infinity, found block by block: a mask of a million features would take gigabytes."""
+    blocks = range(0, len(x), FINITE_BLOCK)
+    return np.concatenate([i + np.flatnonzero(~np.isfinite(x[i : i + FINITE_BLOCK]).all(axis=1)) for i in blocks])
 
 
 def l2_normalize(x: np.ndarray, split: str) -> np.ndarray:

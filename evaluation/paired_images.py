@@ -79,8 +79,9 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> PairedDifference:
 def compare_images(name: str, models: Sequence[ModelResult]) -> Iterator[Metric | Artifact]:
     """Every model against the best one as metrics, all pairs as a table.
 
-    Metrics, in the order of ``models``: ``<name>_minus_best/<model>`` in percentage points with its interval, and
-    ``<name>_p/<model>``. The p-values of the table are also given after Holm's correction for the number of pairs.
+    Metrics, in the order of ``models``: ``<name>/<model>_minus_<best>`` in percentage points with its interval,
+    and ``/p_value`` below that name. The p-values of the table are also given after Holm's correction for the number of
+    pairs.
 
     Args:
         name: of the samples: per image 1 where the model is right.
@@ -93,12 +94,14 @@ def compare_images(name: str, models: Sequence[ModelResult]) -> Iterator[Metric 
     known = [model for model in models if name in model.samples]
     if len(known) < 2:
         return
-    best = max(known, key=lambda model: model.samples[name].mean())
-    for model, key in zip(known, _keys([model.name for model in known]), strict=True):
-        if model is not best:
-            found = paired_difference(model.samples[name], best.samples[name])
-            yield Metric(f"{name}_minus_best/{key}", found.difference, found.ci95, found.n)
-            yield Metric(f"{name}_p/{key}", found.p_value, n=found.n)
+    best = max(range(len(known)), key=lambda i: known[i].samples[name].mean())
+    keys = _keys([model.name for model in known])
+    for i, model in enumerate(known):
+        if i != best:
+            found = paired_difference(model.samples[name], known[best].samples[name])
+            pair = f"{name}/{keys[i]}_minus_{keys[best]}"
+            yield Metric(pair, found.difference, found.ci95, found.n)
+            yield Metric(f"{pair}/p_value", found.p_value, n=found.n)
     yield Artifact(f"{name}_pairs.csv", _table(name, known).encode())
 
 

@@ -89,12 +89,17 @@ def option_value(argv: Sequence[str], name: str, default: str) -> str:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print a ValueError as one paragraph and exit with code 2; for the part of a command before long work starts."""
+    """Print a ValueError and exit with code 2; for the part of a command before long work starts.
+
+    Each line of the message is filled by itself, and indented ones (trees, lists) stay as they are.
+    """
     try:
         yield
     except (ValueError, FileNotFoundError, PermissionError) as error:
         width = min(120, max(60, os.get_terminal_size(2).columns if sys.stderr.isatty() else 100))
-        print(textwrap.fill(f"error: {error}", width, break_long_words=False), file=sys.stderr)
+        lines = f"error: {error}".splitlines()
+        text = [line if line.startswith(" ") else textwrap.fill(line, width, break_long_words=False) for line in lines]
+        print("\n".join(text), file=sys.stderr)
         sys.exit(EXIT_USAGE)
 
 

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evaluation import TASKS
+from image_data.layouts import LAYOUTS, open_layout
 from image_data.prepare import DataConfig, prepare
 from image_data.prepared import PreparedData
+from image_data.uri import parse_uri
 from rayjobs.checkpoint import BACKBONE, load_config, local_directory
 from rayjobs.configs import PretrainConfig, TrainConfig
 from rayjobs.record import git_revision
 from rayjobs.task_options import TaskOptions, chosen_tasks
 from rayjobs.transfer import TaskConfigs, check_tasks
+
+DOMAIN_SPLIT = (0.7, 0.0, 0.3)  # asrafulashiq/transfer_broad, of data sets without test images of their own
 
 __all__ = ["EvaluateConfig", "EvaluateSetup", "Model", "prepare_evaluation"]
 
@@ -176,11 +180,18 @@ def _domains(config: EvaluateConfig, tasks: TaskConfigs, log: Callable[[str], No
             raise ValueError(f"--domains {item}: write NAME=URI with different names, for example eurosat=eurosat:DIR.")
         # Under a split's name no classes are held out; test images that the data set does not name come from train.
         own = DataConfig(data=(f"train={uri}",), cache=config.data.cache, data_seed=config.data.data_seed)
-        prepared[name] = prepare(own, log=log)
+        shares = own.image_split if _has_test(uri) else DOMAIN_SPLIT
+        prepared[name] = prepare(replace(own, image_split=shares), log=log)
         missing = [split for split in ("train", "test") if split not in prepared[name].splits]
         if missing:
             raise ValueError(f"--domains {item}: the data has no split {' and '.join(missing)}; both are needed.")
     return prepared
+
+
+def _has_test(uri: str) -> bool:
+    """Whether a data set brings its own test images."""
+    parsed = parse_uri(uri)
+    return parsed.scheme == "rendered" or (parsed.scheme in LAYOUTS and "test" in open_layout(parsed, "train"))
 
 
 def _settings(config: EvaluateConfig, pretrain: PretrainConfig) -> TrainConfig:

@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     with user_errors():
         options, config = _parse(arguments)
+        if not options.experiment:
+            raise ValueError("--experiment is empty; give a name, or drop the flag for the experiment pretrain.")
         data = prepare(config.data, log=plain(console))
         _check(config, data)
         target = resolve_output(options.output)

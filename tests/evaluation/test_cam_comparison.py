@@ -48,7 +48,7 @@ def test_differences_are_paired_by_image() -> None:
     common = [1, 2, 5, 7]
     a = np.array([first.samples["cam/area"][[5, 1, 2, 9, 4, 7].index(i)] for i in common])
     b = np.array([second.samples["cam/area"][[2, 7, 5, 8, 1].index(i)] for i in common])
-    found = metrics["cam/area_difference/simsiam_16_minus_supervised_64"]
+    found = metrics["cam/area/simsiam_16_minus_supervised_64"]
     assert (found.value, found.n) == (pytest.approx((b - a).mean()), 4)
     assert found.ci95 == pytest.approx(1.96 * scipy.stats.sem(b - a))
     # Paired: the spread between images (0.01 per image) does not enter.

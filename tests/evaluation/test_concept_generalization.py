@@ -142,7 +142,7 @@ def test_models_are_compared_on_the_same_images() -> None:
     models = [ModelResult(name, "byol", 5, {}, {"concept_generalization/top1": r}) for name, r in right.items()]
     outputs = list(cog.compare(QUICK, models))
     found = {o.name: o.value for o in outputs if isinstance(o, Metric)}
-    assert found["concept_generalization/top1_minus_best/bad"] == pytest.approx(-60)
+    assert found["concept_generalization/top1/bad_minus_good"] == pytest.approx(-60)
     assert any(isinstance(o, Artifact) for o in outputs)
 
 

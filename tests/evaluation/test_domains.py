@@ -186,8 +186,8 @@ def test_models_are_compared_per_data_set() -> None:
         for name, r in right.items()
     ]
     found = {o.name: o.value for o in domains.compare(QUICK, models) if isinstance(o, Metric)}
-    assert found["domains/dtd/top1_minus_best/bad"] == pytest.approx(-60)
-    assert found["domains/svhn/top1_minus_best/bad"] == pytest.approx(-60)
+    assert found["domains/dtd/top1/bad_minus_good"] == pytest.approx(-60)
+    assert found["domains/svhn/top1/bad_minus_good"] == pytest.approx(-60)
     assert not any(name.startswith("knn") for name in found)
 
 

@@ -199,7 +199,7 @@ def test_models_are_compared_on_the_same_images() -> None:
     right = {"good": np.ones(50), "bad": np.arange(50) < 20}
     models = [ModelResult(name, "simsiam", 5, {}, {"knn/top1": r.astype(np.uint8)}) for name, r in right.items()]
     found = {m.name: m.value for m in knn.compare(KnnConfig(), models) if isinstance(m, Metric)}
-    assert found["knn/top1_minus_best/bad"] == pytest.approx(-60)
+    assert found["knn/top1/bad_minus_good"] == pytest.approx(-60)
 
 
 def test_corrupt_features_are_refused() -> None:

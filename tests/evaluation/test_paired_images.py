@@ -72,9 +72,10 @@ def test_every_model_against_the_best_and_all_pairs_in_a_table() -> None:
     poor = np.roll(fair, 7) & fair
     found = list(compare_images("linear/top1", [model("SL MLP", fair), model("moco", good), model("vae", poor)]))
     metrics = {item.name: item for item in found if isinstance(item, Metric)}
-    assert set(metrics) == {f"linear/top1_{kind}/{name}" for kind in ("minus_best", "p") for name in ("sl_mlp", "vae")}
-    assert metrics["linear/top1_minus_best/sl_mlp"].value == pytest.approx(-15)
-    assert metrics["linear/top1_p/sl_mlp"].value == pytest.approx(mcnemar_by_enumeration(20, 5))
+    pairs = [f"linear/top1/{name}_minus_moco" for name in ("sl_mlp", "vae")]
+    assert set(metrics) == {pair + end for pair in pairs for end in ("", "/p_value")}
+    assert metrics[pairs[0]].value == pytest.approx(-15)
+    assert metrics[f"{pairs[0]}/p_value"].value == pytest.approx(mcnemar_by_enumeration(20, 5))
     (table,) = (item for item in found if isinstance(item, Artifact))
     assert table.name == "linear/top1_pairs.csv"
     rows = list(csv.DictReader(io.StringIO(table.data.decode())))
@@ -94,8 +95,8 @@ def test_models_without_results_are_left_out_with_a_warning() -> None:
     with pytest.warns(RuntimeWarning, match="no per-image results of lost"):
         found = list(compare_images("linear/top1", [model("one", a), model("lost", None), model("two", b)]))
     assert [item.name for item in found] == [
-        "linear/top1_minus_best/two",
-        "linear/top1_p/two",
+        "linear/top1/two_minus_one",
+        "linear/top1/two_minus_one/p_value",
         "linear/top1_pairs.csv",
     ]
     assert list(compare_images("linear/top1", [model("one", a)])) == []
