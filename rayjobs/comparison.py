@@ -33,23 +33,43 @@ PREFERRED = "few_shot/5way_5shot_acc"
 HEADINGS = {
     "few_shot/5way_1shot_acc": "5-way 1-shot",
     "few_shot/5way_5shot_acc": "5-way 5-shot",
-    "few_shot_finetune/5way_1shot_acc": "1-shot, fitted",
-    "few_shot_finetune/5way_5shot_acc": "5-shot, fitted",
+    "few_shot_rfs/5way_1shot_acc": "1-shot, 5 copies",
+    "few_shot_rfs/5way_5shot_acc": "5-shot, 5 copies",
+    "few_shot_finetune/5way_1shot_acc": "1-shot, SGD",
+    "few_shot_finetune/5way_5shot_acc": "5-shot, SGD",
+    "few_shot_finetune/base_acc": "base classes",
     "linear/top1": "linear top-1",
+    "linear_readoff/top1": "read-off with views",
     "knn/top1": "kNN top-1",
-    "concept_generalization/top1": "unseen classes",
+    "concept_generalization/top1": "concept gen.",
+    "domains/mean_top1": "mean of domains",
     "entropy/h_r": "H_R",
     "uniformity/normalized": "U",
+    "alignment/views": "alignment",
+    "alignment/same_class": "alignment in class",
+    "feature_plots/silhouette": "silhouette",
     "class_geometry/discriminative_ratio": "φ",
     "class_geometry/mixtureness": "Π",
     "class_geometry/redundancy": "R",
     "cam/area": "CAM area",
     "cam/spatial_entropy": "CAM entropy",
     "cam/mass_concentration": "CAM mass",
+    "inversion/lpips": "inversion LPIPS",
+    "inversion/feature_mse": "inversion feature error",
+    "inversion/psnr": "inversion PSNR",
+    "inversion/ssim": "inversion SSIM",
 }
 HIDDEN = ("uniformity/raw",)  # grows with the features' length, which differs between methods; in the JSON
-MAPS = ("cam", "inversion", "feature_inversion")  # tasks that look at images through the backbone
+UNSEEN = ("few_shot", "few_shot_rfs", "few_shot_finetune", "concept_generalization")  # tasks on classes never seen
+MAPS = ("cam", "inversion")  # tasks that look at images through the backbone
 MOST_COLUMNS = 7  # metrics beside each other that fit a terminal of 150 characters
+
+GROUPS = (
+    "Classes that pretraining never saw",
+    "Known classes and domains",
+    "Geometry of the features",
+    "Maps and pictures",
+)
 
 SIGNS = {"max": 1, "min": -1, "none": 0}
 
@@ -90,15 +110,13 @@ def heading(metric: str) -> str:
 def column_groups(columns: Sequence[Column]) -> list[tuple[str, list[Column]]]:
     """(title, columns) of the tables that hold these columns: one without a title where they fit beside each other.
 
-    Otherwise transfer, geometry and maps apart, and each of these over as many tables as it needs.
+    Otherwise unseen classes, known classes, geometry and maps apart, each over as many tables as it needs.
     """
     if len(columns) <= MOST_COLUMNS:
         return [("", list(columns))]
-    groups: dict[str, list[Column]] = {"Transfer": [], "Geometry of the features": [], "Maps and pictures": []}
-    transfer, geometry, maps = groups
+    groups: dict[str, list[Column]] = {title: [] for title in GROUPS}
     for column in columns:
-        is_map = column.metric.split("/")[0] in MAPS
-        groups[maps if is_map else transfer if column.sign else geometry].append(column)
+        groups[_group(column)].append(column)
     found = []
     for title, members in groups.items():
         count = math.ceil(len(members) / MOST_COLUMNS)
@@ -106,6 +124,17 @@ def column_groups(columns: Sequence[Column]) -> list[tuple[str, list[Column]]]:
             part = members[i * len(members) // count : (i + 1) * len(members) // count]
             found.append((title if i == 0 else f"{title} ({i + 1})", part))
     return found
+
+
+def _group(column: Column) -> str:
+    """The title that a column stands under."""
+    unseen, known, geometry, maps = GROUPS
+    task = column.metric.split("/")[0]
+    if task in MAPS:
+        return maps
+    if not column.sign:
+        return geometry
+    return unseen if task in UNSEEN and not column.metric.endswith("/base_acc") else known
 
 
 def judged_metric(columns: Sequence[Column]) -> str:
