@@ -25,7 +25,7 @@ from rayjobs.configs import PretrainConfig, with_parameters
 from rayjobs.job import Job, run_job, worker_device
 from rayjobs.optuna_search import PruneAwareOptunaSearch
 from rayjobs.record import trial_record
-from rayjobs.result_files import has_files, write_files
+from rayjobs.result_files import write_phases
 from rayjobs.train_loop import TrainingDiverged, Worker
 from rayjobs.transfer import TaskConfigs, TransferResult, evaluate_checkpoint
 from search_spaces import SearchSpace, SpaceContext
@@ -162,18 +162,8 @@ def run_trial(sampled: dict[str, Any], plan: SweepPlan) -> None:
             phase: evaluate_checkpoint(directory, plan.tasks, phase, job.data, config.train) for phase in plan.phases
         }
     report = final_report(results, config.train.epochs + 1, plan.objective, checkpoint, last)
-    tune.report({**report, "files": _write_files(plan, results)})
-
-
-def _write_files(plan: SweepPlan, results: Mapping[str, TransferResult]) -> dict[str, str]:
-    """Write plots and samples of each phase beside Tune's folder; returns phase -> where they are."""
-    trial_id = tune.get_context().get_trial_id()
-    places = {}
-    for phase, result in results.items():
-        if has_files(result):
-            places[phase] = f"{plan.storage}/{plan.folder}-files/{trial_id}/{phase}"
-            write_files(places[phase], result.artifacts, result.samples)
-    return places
+    files = write_phases(results, f"{plan.storage}/{plan.folder}-files/{tune.get_context().get_trial_id()}")
+    tune.report({**report, "files": files})
 
 
 def _pretrain(job: Job, plan: SweepPlan) -> tuple[str, dict[str, Any]]:

@@ -14,14 +14,19 @@ from evaluation import Artifact
 from image_data.uri import Files
 from rayjobs.transfer import TransferResult
 
-__all__ = ["SAMPLES", "copy_files", "has_files", "read_samples", "write_files"]
+__all__ = ["SAMPLES", "copy_files", "read_samples", "write_files", "write_phases"]
 
 SAMPLES = "samples.npz"
 
 
-def has_files(result: TransferResult) -> bool:
-    """Whether there is anything to write."""
-    return bool(result.artifacts or result.samples)
+def write_phases(results: Mapping[str, TransferResult], folder: str) -> dict[str, str]:
+    """Write the files of each phase into a folder of its own; returns phase -> where they are, where there are any."""
+    places = {}
+    for phase, result in results.items():
+        if result.artifacts or result.samples:
+            places[phase] = f"{folder}/{phase}"
+            write_files(places[phase], result.artifacts, result.samples)
+    return places
 
 
 def write_files(folder: str | Path, artifacts: Iterable[Artifact], samples: Mapping[str, np.ndarray]) -> None:

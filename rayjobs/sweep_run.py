@@ -125,7 +125,7 @@ def _test_best(sweep: _Sweep, best: Mapping[str, Any]) -> dict[str, Any]:
     import ray
 
     from rayjobs.checkpoint import local_directory
-    from rayjobs.result_files import has_files, write_files
+    from rayjobs.result_files import write_phases
     from rayjobs.transfer import evaluate_checkpoint
 
     stored = sweep.local / "test.json"
@@ -138,12 +138,11 @@ def _test_best(sweep: _Sweep, best: Mapping[str, Any]) -> dict[str, Any]:
     def evaluate() -> dict[str, Any]:
         with local_directory(best["checkpoint"]) as directory:
             found = evaluate_checkpoint(directory, sweep_tasks, "test", data, settings)
-        if has_files(found):
-            write_files(place, found.artifacts, found.samples)
+        write_phases({"test": found}, files)
         return found.to_json()
 
     sweep_tasks, data = sweep.setup.tasks, sweep.data
-    place = f"{sweep.folder}/test-files"
+    files = f"{sweep.folder}/winner-files"
     remote = ray.remote(num_cpus=settings.cpus_per_worker, num_gpus=float(settings.use_gpu))(evaluate)
     result = ray.get(remote.options(label_selector=sweep.placement.train or {}).remote())
     write_json(stored, {"trial_id": best["trial_id"], "result": result})
