@@ -109,9 +109,11 @@ def _evaluate(
         backbone, _, _ = load_backbone(directory)
         device = worker_device(replace(model.settings, use_gpu=False) if on_cluster else model.settings)
         backbone = backbone.to(device)
-        access = _access(setup, model, backbone, device, str(directory), console)
+        # What other nodes load: a URI is theirs to read too, a copy of it on this machine is not.
+        reachable = model.location if "://" in model.location else str(Path(directory).resolve())
+        access = _access(setup, model, backbone, device, reachable, console)
         info = pretraining_info(model.pretrain, model.record)
-        known_to_tasks = {**info, **_helpers(setup, str(directory), on_cluster, console)}
+        known_to_tasks = {**info, **_helpers(setup, reachable, on_cluster, console)}
         result = evaluate_backbone(
             backbone,
             setup.tasks,
@@ -192,22 +194,22 @@ def _helpers(setup: EvaluateSetup, directory: str, on_cluster: bool, console: Co
 @contextmanager
 def _cluster(setup: EvaluateSetup) -> Iterator[bool]:
     """A Ray cluster where images are streamed by Ray Data, or where several inversions run at once."""
-    if not _needs_cluster(setup):
+    streamed = _is_streamed(setup)
+    if not streamed and not ("inversion" in setup.tasks and setup.config.num_workers > 1):
         yield False
         return
     from rayjobs.cluster import connect_for, shutdown
 
     with user_errors():
-        connect_for(setup.models[0].settings, uses_ray_data=True)
+        connect_for(setup.models[0].settings, uses_ray_data=streamed)
     try:
         yield True
     finally:
         shutdown()
 
 
-def _needs_cluster(setup: EvaluateSetup) -> bool:
-    if "inversion" in setup.tasks and setup.config.num_workers > 1:
-        return True
+def _is_streamed(setup: EvaluateSetup) -> bool:
+    """Whether any split that a task reads comes through Ray Data."""
     splits = {split for name, task in setup.tasks.items() for split in TASKS[name].splits(task, setup.config.phase)}
     streamed = [
         not uses_memory(model.settings, model.data, split) for model in setup.models for split in sorted(splits)
