@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from rayjobs.comparison import Column, column_groups, grouped_reasons, marks
+from rayjobs.comparison import Column, column_groups, grouped_reasons, heading, marks
 from rayjobs.orderings import judge_all, orderings_markdown, orderings_summary, samples_of
 from search_spaces.single_method import PUBLISHED
 
@@ -86,7 +86,8 @@ def _count(number: float, word: str) -> str:
 
 
 def _columns(results: Results) -> list[Column]:
-    return [Column(**column) for column in results["columns"]]
+    """The stored metrics under today's headings."""
+    return [Column(c["metric"], heading(c["metric"]), c["sign"]) for c in results["columns"]]
 
 
 def _objective(results: Results) -> Column:
@@ -147,19 +148,24 @@ def metrics_legend(columns: Sequence[Column], phase: str = "test") -> str:
     images = f"{'test' if phase == 'test' else 'validation'} images of the pretraining classes"
     told = [
         ({"few_shot"}, f"few-shot accuracy (%) on {classes}"),
-        ({"few_shot_finetune"}, "few-shot fitted: the same with a linear classifier trained on each task"),
+        ({"few_shot_rfs"}, "5 copies: the same with five augmented copies of each support image"),
+        ({"few_shot_finetune"}, "SGD: the same with a linear classifier trained on each task"),
+        ({"concept_generalization"}, "concept gen.: accuracy (%) of logistic regression among those classes"),
         ({"linear", "knn"}, f"linear and kNN accuracy (%) on {images}"),
-        ({"concept_generalization"}, "unseen classes: linear accuracy (%) on classes that pretraining did not have"),
+        ({"linear_readoff"}, "read-off with views: a linear layer trained on augmented views, the same images"),
+        ({"few_shot_finetune"}, "base classes: as linear top-1, the base accuracy of few-shot papers"),
         (
             {"entropy", "uniformity"},
             "H_R, representation entropy, and U, uniformity of unit-length features, of the pretraining images: larger "
             "is more spread, which is not by itself better",
         ),
+        ({"alignment"}, "alignment, squared distance of two views of an image (or images of a class) on the sphere"),
         (
             {"class_geometry"},
             "φ, distance between classes over spread within them; Π, how evenly new classes mix with old ones (1: "
             "perfectly); R, mean absolute correlation of two features",
         ),
+        ({"feature_plots"}, "silhouette of the unseen classes, -1 to 1"),
         (
             {"cam"},
             "CAM area, share of pixels above half of a class activation map's range; CAM entropy, of the map as a "
@@ -178,9 +184,9 @@ def _legend(results: Results) -> str:
         metrics_legend(_columns(results)),
     ]
     if _objective(results).sign:
-        heading = _objective(results).heading
+        judged = _objective(results).heading
         sentences.append(
-            f"Notes compare {heading} with the untrained backbone of the same kind and seeds: below random init = the "
+            f"Notes compare {judged} with the untrained backbone of the same kind and seeds: below random init = the "
             "interval lies entirely on its worse side, not separated = the two intervals meet."
         )
     sentences.append("images/s: training speed in the last epoch, beside the other runs on the machine.")
