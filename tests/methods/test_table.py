@@ -99,7 +99,6 @@ def test_uses_labels_says_whether_labels_enter_the_loss(name: str) -> None:
     assert (losses(0) != losses(1)) == METHODS[name].uses_labels
 
 
-
 def _batch(name: str, step: int) -> Batch:
     """As many views as the method takes; SwAV's small crops are smaller."""
     views = METHODS[name].views
