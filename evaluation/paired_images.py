@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluation.metric import Artifact, Metric, ModelResult
+from evaluation.paired import holm
 
 __all__ = ["PairedDifference", "compare_images", "paired_difference"]
 
@@ -111,19 +112,10 @@ def _table(name: str, models: Sequence[ModelResult]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("model_a", "model_b", "difference_pp", "ci95_pp", "p", "p_holm", "only_a", "only_b", "images"))
-    for (a, b, found), corrected in zip(pairs, _holm([found.p_value for _, _, found in pairs]), strict=True):
+    for (a, b, found), corrected in zip(pairs, holm(np.array([found.p_value for _, _, found in pairs])), strict=True):
         numbers = (f"{value:.6g}" for value in (found.difference, found.ci95, found.p_value, corrected))
         writer.writerow((a.name, b.name, *numbers, found.only_a, found.only_b, found.n))
     return text.getvalue()
-
-
-def _holm(p_values: Sequence[float]) -> np.ndarray:
-    """Holm's step-down correction, in the order of the input."""
-    p = np.asarray(p_values)
-    order = np.argsort(p, kind="stable")
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    return corrected
 
 
 def _keys(names: Sequence[str]) -> list[str]:

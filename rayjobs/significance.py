@@ -13,6 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
+from evaluation import paired
+
 __all__ = ["LEVEL", "Difference", "against_best", "difference", "holm", "welch_p"]
 
 LEVEL = 0.05  # a smaller adjusted p counts as a difference
@@ -63,11 +67,7 @@ def _welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values, in the order given: the k-th smallest of m times (m - k), k from 0, never falling."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for k, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - k) * p_values[i]))
-        adjusted[i] = largest
-    return adjusted
+    return paired.holm(np.asarray(p_values, np.float64)).tolist()
 
 
 def against_best(samples: Mapping[str, Sequence[float]], sign: int) -> tuple[str, dict[str, float]]:
