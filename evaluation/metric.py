@@ -6,10 +6,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from torch import nn
+
+if TYPE_CHECKING:
+    from evaluation.fine_tuning import FineTuning
 
 __all__ = [
     "REPORT_SPLITS",
@@ -192,6 +195,7 @@ class EvaluationContext:
         images: pictures of chosen rows; None where only features are given.
         domains: further data sets, by name, as split -> Features; splits "train" and "test".
         info: what is known of the pretraining ("method", "num_classes", "labels_used": bool), for protocols and titles.
+        fine_tuning: training of the backbone on a task's own data; None where only features are given.
     """
 
     features: Callable[[str], Features]
@@ -203,6 +207,7 @@ class EvaluationContext:
     images: ImageReader | None = None
     domains: Mapping[str, Callable[[str], Features]] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
+    fine_tuning: FineTuning | None = None
 
 
 def check_split(phase: Phase, split: str) -> None:
