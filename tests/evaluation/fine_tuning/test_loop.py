@@ -81,7 +81,9 @@ def test_it_learns_and_scores_every_image_in_order() -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    one, two = run_once(RUN), run_in_two_processes(RUN, tmp_path)
+    # Few iterations: through max-pooling a rounding error of 1e-7 becomes one of 1e-3 within ten.
+    run = replace(RUN, problem=_Problem(Schedule(3, 4, 0.01, clip_norm=5.0), evaluate_at=()))
+    one, two = run_once(run), run_in_two_processes(run, tmp_path)
     np.testing.assert_allclose(two.losses, one.losses, rtol=2e-5)
     np.testing.assert_allclose(two.last["colors"], one.last["colors"], atol=2e-4)
     assert two.last["rows"].tolist() == one.last["rows"].tolist()
