@@ -28,9 +28,9 @@ __all__ = [
     "write_voc",
 ]
 
-SHAPE_CLASSES = ("car", "cat", "bottle")  # box, disc, triangle: names that VOC and COCO have
+SHAPE_CLASSES = ("car", "cat", "bottle")  # box, disc, triangle under names of VOC's
 _COLOURS = ((210, 60, 50), (60, 110, 220), (240, 190, 40))
-COCO_CATEGORIES = {3: "car", 17: "cat", 44: "bottle"}  # COCO's ids have gaps
+COCO_CATEGORIES = {3: "car", 17: "cat", 38: "kite"}  # the same shapes; COCO's ids have gaps
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def write_coco(
     Returns:
         Part -> what its JSON file holds.
     """
-    ids = {name: number for number, name in COCO_CATEGORIES.items()}
+    ids = dict(zip(SHAPE_CLASSES, COCO_CATEGORIES, strict=True))
     content: dict[str, dict[str, Any]] = {}
     for offset, (part, count) in enumerate((counts or {"train2017": 10, "val2017": 6}).items()):
         images, annotations = [], []
