@@ -3,7 +3,8 @@
 A task is a frozen config dataclass and five functions of it: ``evaluate`` yields metrics, files and samples,
 ``protocol`` states as data how they are computed, ``splits`` names the splits that are read, ``check`` refuses
 impossible options and data before any long work, ``metric_names`` lists the main metrics. A sixth, ``compare``, may put
-several models beside each other. To add one, write the file and one row here.
+several models beside each other. A task that fine-tunes (``evaluation.fine_tuning``) also has ``check_data``, for the
+targets it needs. To add one, write the file and one row here.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from evaluation.metric import (
     Phase,
     Samples,
 )
+from image_data.prepared import PreparedData
 
 __all__ = [
     "TASKS",
@@ -70,9 +72,12 @@ class TaskSpec:
         metric_names: ``config`` -> the main metrics, those that can be an objective.
         summary: one line for help texts and tables.
         direction: which way the main metrics are better; "none" for analyses that describe features.
-        needs: "features" alone, or also the "backbone" with images and augmented views.
+        needs: "features" alone, or also the "backbone" with images and augmented views; "fine_tuning" tasks train
+            copies of the backbone, on the run's own images or on a data set of their own.
         compare: ``(config, models)`` -> metrics and files of two or more models together; None where there is nothing
             to add to a table.
+        check_data: ``(config, phase, data)`` raises ValueError where the data lack the targets that the task needs;
+            None where class counts tell all.
         paired: whether ``compare`` pairs the models entry by entry, which needs the same scored images.
     """
 
@@ -85,8 +90,9 @@ class TaskSpec:
     metric_names: Callable[[Any], tuple[str, ...]]
     summary: str
     direction: Literal["max", "min", "none"] = "max"
-    needs: Literal["features", "backbone"] = "features"
+    needs: Literal["features", "backbone", "fine_tuning"] = "features"
     compare: Callable[[Any, Sequence[ModelResult]], Iterator[Metric | Artifact]] | None = None
+    check_data: Callable[[Any, Phase, PreparedData], None] | None = None
     paired: bool = True
 
     @property

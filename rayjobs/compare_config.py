@@ -16,9 +16,10 @@ from rayjobs.comparison import columns_of, judged_metric
 from rayjobs.configs import PretrainConfig, TrainConfig, preset, with_parameters
 from rayjobs.job import view_recipes
 from rayjobs.sweep_config import checked_batch
+from rayjobs.task_data import TaskData, check_task_data, prepare_task_data
 from rayjobs.task_options import TaskOptions, chosen_tasks
 from rayjobs.train_loop import method_context
-from rayjobs.transfer import TaskConfigs, check_tasks
+from rayjobs.transfer import TaskConfigs
 from search_spaces import SpaceContext
 from search_spaces.parameters import preset_parameters
 
@@ -39,7 +40,9 @@ class CompareConfig:
     Attributes:
         methods: methods to compare; empty takes all that can run with these settings.
         seeds: runs per method, with seeds --seed, --seed + 1, ...; at least 2, since one gives no interval.
-        tasks: downstream tasks of the table; frozen stands for all that need nothing but a checkpoint's own data.
+        tasks: downstream tasks of the table; frozen stands for all on frozen features that need nothing but a
+            checkpoint's own data, downstream for all that fine-tune.
+        task_data: images of single fine-tuning tasks, as TASK=URI (detection=voc:DIR).
         name: name of the comparison: folder under --output and MLflow experiment; empty makes one from the time.
         output: folder (or URI that all nodes reach) of results and checkpoints.
         resume: continue an interrupted comparison: finished runs stay. A finished one is only written again.
@@ -54,6 +57,7 @@ class CompareConfig:
     methods: tuple[str, ...] = ()
     seeds: int = 3
     tasks: tuple[str, ...] = ("few_shot", "linear", "knn", "entropy", "uniformity")
+    task_data: tuple[str, ...] = ()
     name: str = ""
     output: str = "results"
     resume: bool = False
@@ -80,6 +84,7 @@ class CompareSetup:
         tasks: downstream tasks of the table; frozen stands for all that need nothing but a checkpoint's own data.
         objective: metric that the notes and the plot judge by.
         left_out: method -> why it cannot run with these settings.
+        task_data: images of single tasks.
     """
 
     config: CompareConfig
@@ -88,6 +93,7 @@ class CompareSetup:
     tasks: TaskConfigs
     objective: str
     left_out: dict[str, str]
+    task_data: dict[str, TaskData] = field(default_factory=dict)
 
 
 def prepare_comparison(config: CompareConfig, data: PreparedData) -> CompareSetup:
@@ -105,7 +111,8 @@ def prepare_comparison(config: CompareConfig, data: PreparedData) -> CompareSetu
             "--tasks domains needs further data sets, which only rayjobs/evaluate.py takes (--domains NAME=URI): drop "
             "it here, and evaluate the checkpoints with it afterwards."
         )
-    check_tasks(tasks, "test", data)
+    task_data = prepare_task_data(config.task_data, tasks, config.data, lambda _: None)
+    check_task_data(tasks, ["test"], data, task_data)
     base, left_out = {}, {}
     for method in _selected(config):
         try:
@@ -116,7 +123,7 @@ def prepare_comparison(config: CompareConfig, data: PreparedData) -> CompareSetu
         name, reason = next(iter(left_out.items()))
         raise ValueError(f"{name} cannot run with these settings: {reason}")
     objective = judged_metric(columns_of(tasks))
-    return CompareSetup(config, base, _baselines(base), tasks, objective, left_out)
+    return CompareSetup(config, base, _baselines(base), tasks, objective, left_out, task_data)
 
 
 def check_report_only(config: CompareConfig) -> None:

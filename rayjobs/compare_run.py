@@ -136,7 +136,7 @@ def _log_parent(session: TuneSession, setup: CompareSetup) -> None:
 def _plan(session: TuneSession, setup: CompareSetup, base: Mapping[str, PretrainConfig], folder: str) -> SweepPlan:
     points = len(base) * setup.config.seeds
     common: dict[str, Any] = {"num_trials": points, "direction": "maximize", "prune": False}
-    common |= {"phases": ("test",), "named_by_seed": True}
+    common |= {"phases": ("test",), "named_by_seed": True, "task_data": setup.task_data}
     return session.plan(base, folder, setup.tasks, setup.objective, **common)
 
 

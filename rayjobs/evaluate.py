@@ -1,9 +1,11 @@
-"""Measure how well checkpoints transfer, on frozen features.
+"""Measure how well checkpoints transfer, on frozen features and by fine-tuning.
 
 One checkpoint:         python rayjobs/evaluate.py --checkpoint results/pretrain --tasks linear knn few_shot
 Several, compared:      python rayjobs/evaluate.py --checkpoint runs/supervised runs/moco --tasks few_shot cam
 Across domains:         python rayjobs/evaluate.py --checkpoint runs/tiered --tasks few_shot
                             --data novel_classes=cifar_fs:DIR --image-size 32
+By fine-tuning:         python rayjobs/evaluate.py --checkpoint runs/moco --tasks detection landmarks
+                            --task-data detection=voc:VOCdevkit landmarks=mafl:DIR --detection.recipe voc07
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ if __package__ in (None, ""):  # run as a script: the project folder takes the p
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from evaluation import Metric
@@ -35,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     config = flat_parse(EvaluateConfig, None, argv, __doc__ or "")
     with user_errors():
         setup = prepare_evaluation(config, plain(console))
+    for task, reason in setup.left_out.items():
+        console.print(f"[yellow]Not measured, {task}:[/yellow] {escape(reason)}", soft_wrap=True)
     from rayjobs.evaluate_run import compared, evaluate_models
     from rayjobs.result_files import write_files
     from rayjobs.tune_session import write_json

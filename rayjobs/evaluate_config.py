@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,13 @@ from image_data.layouts import LAYOUTS, open_layout
 from image_data.prepare import DataConfig, prepare
 from image_data.prepared import PreparedData
 from image_data.uri import parse_uri
-from rayjobs.checkpoint import BACKBONE, load_config, local_directory
+from rayjobs.checkpoint import load_config, local_directory
 from rayjobs.configs import PretrainConfig, TrainConfig
+from rayjobs.fine_tuning_runs import weights_hash
 from rayjobs.record import git_revision
-from rayjobs.task_options import TaskOptions, chosen_tasks
-from rayjobs.transfer import TaskConfigs, check_tasks
+from rayjobs.task_data import TaskData, check_task_data, prepare_task_data
+from rayjobs.task_options import DEFAULT_FROZEN, DOWNSTREAM_SUITE, TaskOptions, chosen_tasks
+from rayjobs.transfer import TaskConfigs, check_task
 
 DOMAIN_SPLIT = (0.7, 0.0, 0.3)  # asrafulashiq/transfer_broad, of data sets without test images of their own
 
@@ -27,18 +30,25 @@ __all__ = ["EvaluateConfig", "EvaluateSetup", "Model", "prepare_evaluation"]
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Transfer of one or more checkpoints, measured on frozen features; several are also compared with each other.
+    """Transfer of one or more checkpoints, on frozen features and by fine-tuning; several are compared with each other.
 
     Attributes:
         checkpoint: folders (or URIs) with backbone.safetensors and config.json.
         names: names of the checkpoints in tables and plots; empty takes the folders' names.
-        tasks: downstream tasks and analyses; frozen stands for all that need nothing but the checkpoint's own data.
+        tasks: downstream tasks and analyses. frozen stands for all on frozen features that need nothing but the
+            checkpoint's own data, downstream for all that fine-tune. Empty takes linear, knn, few_shot, entropy and
+            uniformity, and of those that fine-tune the ones that the data have targets for.
         phase: test reports held-out images and novel classes; val is for choosing hyperparameters.
         image_size: side of the evaluation images in pixels; 0 takes the pretraining size.
         domains: further data sets of the task domains, as NAME=URI.
-        use_gpu: extract features on GPUs.
-        num_workers: feature-extraction actors when the images are streamed by Ray Data, and inversion tasks at once.
-        cpus_per_worker: CPU cores per actor (or threads of this process).
+        task_data: images of single fine-tuning tasks, as TASK=URI (detection=voc:DIR).
+        fine_tune_on: where tasks are fine-tuned: cluster (a Ray Train job of --num-workers workers; grids of small runs
+            as one Ray task each), here (this process), or auto: a cluster where there are several workers or
+            RAY_ADDRESS is set.
+        use_gpu: extract features and fine-tune on GPUs.
+        num_workers: workers of a fine-tuning run (or small runs at once), feature-extraction actors when the images are
+            streamed by Ray Data, and inversion tasks at once.
+        cpus_per_worker: CPU cores per worker or actor (or threads of this process).
         stream: memory, ray (Ray Data actor pool) or auto, as in pretraining.
         seed: seed of task lists and solvers; keep it the same for models that you compare.
         output: folder of result.json, plots and samples, one sub-folder per checkpoint. A finished evaluation that is
@@ -51,10 +61,12 @@ class EvaluateConfig:
 
     checkpoint: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ("linear", "knn", "few_shot", "entropy", "uniformity")
+    tasks: tuple[str, ...] = ()
     phase: Literal["val", "test"] = "test"
     image_size: int = 0
     domains: tuple[str, ...] = ()
+    task_data: tuple[str, ...] = ()
+    fine_tune_on: Literal["auto", "here", "cluster"] = "auto"
     use_gpu: bool = False
     num_workers: int = 1
     cpus_per_worker: float = 1.0
@@ -76,7 +88,8 @@ class Model:
         location: folder or URI.
         pretrain: how it was pretrained.
         record: the run record of its pretraining.
-        data: what it is evaluated on.
+        own_data: what it is evaluated on.
+        weights: hash of the backbone's file.
         settings: image size and where the images are read from.
         key: equal for evaluations that give the same numbers.
     """
@@ -85,9 +98,15 @@ class Model:
     location: str
     pretrain: PretrainConfig
     record: dict[str, Any]
-    data: PreparedData
+    own_data: TaskData
+    weights: str
     settings: TrainConfig
     key: str
+
+    @property
+    def data(self) -> PreparedData:
+        """The prepared images."""
+        return self.own_data.prepared
 
 
 @dataclass(frozen=True)
@@ -99,6 +118,8 @@ class EvaluateSetup:
         tasks: task name -> its config.
         models: the checkpoints, in the user's order.
         domains: further data sets by name.
+        task_data: images of single tasks.
+        left_out: tasks of the default suite that the data have no targets for, with the reason.
         output: local folder of the results.
     """
 
@@ -106,7 +127,22 @@ class EvaluateSetup:
     tasks: TaskConfigs
     models: tuple[Model, ...]
     domains: dict[str, PreparedData]
+    task_data: dict[str, TaskData]
+    left_out: dict[str, str]
     output: Path
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether any task trains the backbone."""
+        return any(TASKS[name].needs == "fine_tuning" for name in self.tasks)
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether what is fine-tuned is fine-tuned on a Ray cluster."""
+        where = self.config.fine_tune_on
+        if where == "auto":
+            return self.fine_tunes and (self.config.num_workers > 1 or bool(os.environ.get("RAY_ADDRESS")))
+        return self.fine_tunes and where == "cluster"
 
 
 def prepare_evaluation(config: EvaluateConfig, log: Callable[[str], None]) -> EvaluateSetup:
@@ -119,28 +155,54 @@ def prepare_evaluation(config: EvaluateConfig, log: Callable[[str], None]) -> Ev
         raise ValueError("--checkpoint is missing: give the folder of a pretraining run, or several to compare them.")
     if config.json and not Path(config.json).expanduser().resolve().parent.is_dir():
         raise ValueError(f"--json {config.json}: the folder does not exist.")
-    if not config.tasks:
-        raise ValueError(f"--tasks is empty; name at least one of {', '.join(TASKS)}.")
-    tasks = chosen_tasks(config.tasks, config.options)
+    chosen_tasks(config.tasks, config.options)  # unknown names and idle options, before any data are prepared
     names = _names(config)
-    domains = _domains(config, tasks, log)
+    found = [_opened(location) for location in config.checkpoint]
+    data_configs = [config.data if config.data.data else pretrain.data for pretrain, _, _ in found]
     prepared: dict[str, PreparedData] = {}
+    for chosen in data_configs:
+        if _data_key(chosen) not in prepared:
+            prepared[_data_key(chosen)] = prepare(chosen, log=log)
+    data = [prepared[_data_key(chosen)] for chosen in data_configs]
+    left_out: dict[str, str] = {}
+    wanted = config.tasks or _default_suite(config, data, left_out)
+    tasks = chosen_tasks(wanted, config.options)
+    domains = _domains(config, tasks, log)
+    task_data = prepare_task_data(config.task_data, tasks, data_configs[0], log)
     models = []
-    for name, location in zip(names, config.checkpoint, strict=True):
-        with local_directory(location) as directory:
-            pretrain, record = load_config(directory)
-            weights = hashlib.sha256((Path(directory) / BACKBONE).read_bytes()).hexdigest()
-        chosen = config.data if config.data.data else pretrain.data
-        data_key = json.dumps(asdict(chosen), sort_keys=True, default=str)
-        if data_key not in prepared:
-            prepared[data_key] = prepare(chosen, log=log)
-        data = prepared[data_key]
-        check_tasks(tasks, config.phase, data)
+    for i, (pretrain, record, weights) in enumerate(found):
+        check_task_data(tasks, [config.phase], data[i], task_data)
         settings = _settings(config, pretrain)
-        key = _key(config, tasks, settings, data, domains, weights)
-        models.append(Model(name, location, pretrain, record, data, settings, key))
+        further = {**domains, **{f"task {name}": own.prepared for name, own in task_data.items()}}
+        key = _key(config, tasks, settings, data[i], further, weights)
+        own = TaskData(data_configs[i], data[i])
+        models.append(Model(names[i], config.checkpoint[i], pretrain, record, own, weights, settings, key))
     output = Path(config.output or f"results/evaluate/{names[0]}").expanduser()
-    return EvaluateSetup(config, tasks, tuple(models), domains, output)
+    return EvaluateSetup(config, tasks, tuple(models), domains, task_data, left_out, output)
+
+
+def _opened(location: str) -> tuple[PretrainConfig, dict[str, Any], str]:
+    """Configuration, record and hash of the weights of a checkpoint."""
+    with local_directory(location) as directory:
+        return *load_config(directory), weights_hash(directory)
+
+
+def _data_key(config: DataConfig) -> str:
+    return json.dumps(asdict(config), sort_keys=True, default=str)
+
+
+def _default_suite(config: EvaluateConfig, data: Sequence[PreparedData], left_out: dict[str, str]) -> tuple[str, ...]:
+    """The usual frozen tasks, and the fine-tuning tasks that the data have targets for; notes why others are not."""
+    given = {item.partition("=")[0] for item in config.task_data}
+    for name in DOWNSTREAM_SUITE:
+        if name in given:
+            continue  # it has images of its own
+        try:
+            for own in data:
+                check_task(name, getattr(config.options, name), config.phase, own)
+        except ValueError as error:
+            left_out[name] = str(error)
+    return (*DEFAULT_FROZEN, *(name for name in DOWNSTREAM_SUITE if name not in left_out))
 
 
 def _names(config: EvaluateConfig) -> tuple[str, ...]:
@@ -161,7 +223,7 @@ def _names(config: EvaluateConfig) -> tuple[str, ...]:
                 break
     if len(set(names)) < len(names):
         raise ValueError(f"--checkpoint or --names holds something twice: {', '.join(names)}. Names must differ.")
-    bad = [name for name in names if "/" in name or name in ("", ".", "..", "comparison")]
+    bad = [name for name in names if "/" in name or name in ("", ".", "..", "comparison", "runs")]
     if bad:
         raise ValueError(f"--names: {bad[0]!r} cannot be the name of a folder; give --names without '/'.")
     return names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from evaluation import TASKS, Artifact, Features, Metric, ModelResult, Output
+from evaluation.fine_tuning import Run
 from rayjobs.checkpoint import load_backbone, local_directory
 from rayjobs.cli import user_errors
 from rayjobs.evaluate_config import EvaluateSetup, Model
+from rayjobs.fine_tuning_runs import RunsPlan, fine_tuning_of
 from rayjobs.job import set_threads, uses_memory, worker_device
 from rayjobs.number_text import value_text
 from rayjobs.record import data_record, git_revision, package_versions
@@ -38,6 +40,7 @@ from rayjobs.tune_session import write_json
 __all__ = ["RESULT", "Evaluated", "compared", "evaluate_models", "metric_line"]
 
 RESULT, PARTIAL = "result.json", "partial.json"
+RUNS = "runs"  # results and checkpoints of fine-tuning runs; those from random weights are shared by all checkpoints
 PROGRESS_SECONDS = 15.0  # at least, between two lines of progress within a task
 
 
@@ -114,6 +117,16 @@ def _evaluate(
         access = _access(setup, model, backbone, device, reachable, console)
         info = pretraining_info(model.pretrain, model.record)
         known_to_tasks = {**info, **_helpers(setup, reachable, on_cluster, console)}
+        plan = RunsPlan(
+            checkpoint=reachable,
+            pretrain=model.pretrain,
+            weights=model.weights,
+            settings=model.settings,
+            data=model.own_data,
+            task_data=setup.task_data,
+            storage=str((setup.output / RUNS).resolve()),
+            on_cluster=setup.on_cluster,
+        )
         result = evaluate_backbone(
             backbone,
             setup.tasks,
@@ -125,8 +138,17 @@ def _evaluate(
             access=access,
             info=known_to_tasks,
             on_output=keep,
+            fine_tuning=fine_tuning_of(plan, partial(_say_run, known_to_tasks["on_progress"])),
         )
     return result, info
+
+
+def _say_run(say: Callable[[str], None], run: Run, metrics: Mapping[str, Any]) -> None:
+    """Progress of a fine-tuning run."""
+    done, total = int(metrics["iteration"]), run.problem.schedule.iterations
+    left = metrics["seconds"] / max(1, done) * (total - done)
+    eta = f", {left:.0f} s left" if done < total else ""
+    say(f"{run.task} {run.name}: iteration {done:,} of {total:,}, loss {metrics['loss']:.4g}{eta}")
 
 
 def _access(
@@ -193,9 +215,9 @@ def _helpers(setup: EvaluateSetup, directory: str, on_cluster: bool, console: Co
 
 @contextmanager
 def _cluster(setup: EvaluateSetup) -> Iterator[bool]:
-    """A Ray cluster where images are streamed by Ray Data, or where several inversions run at once."""
+    """A Ray cluster where it streams images or fine-tunes tasks, or where several inversions run at once."""
     streamed = _is_streamed(setup)
-    if not streamed and not ("inversion" in setup.tasks and setup.config.num_workers > 1):
+    if not streamed and not setup.on_cluster and not ("inversion" in setup.tasks and setup.config.num_workers > 1):
         yield False
         return
     from rayjobs.cluster import connect_for, shutdown
@@ -210,7 +232,8 @@ def _cluster(setup: EvaluateSetup) -> Iterator[bool]:
 
 def _is_streamed(setup: EvaluateSetup) -> bool:
     """Whether any split that a task reads comes through Ray Data."""
-    splits = {split for name, task in setup.tasks.items() for split in TASKS[name].splits(task, setup.config.phase)}
+    frozen = {name: task for name, task in setup.tasks.items() if TASKS[name].needs != "fine_tuning"}
+    splits = {split for name, task in frozen.items() for split in TASKS[name].splits(task, setup.config.phase)}
     streamed = [
         not uses_memory(model.settings, model.data, split) for model in setup.models for split in sorted(splits)
     ]
@@ -225,6 +248,7 @@ def _record(setup: EvaluateSetup, model: Model) -> dict[str, Any]:
         "pretraining": model.record,
         "data": data_record(model.data),
         "domains": {name: data_record(data) for name, data in setup.domains.items()},
+        "task_data": {name: data_record(own.prepared) for name, own in setup.task_data.items()},
         "versions": package_versions(),
         "git": git_revision(),
         "cpus": os.cpu_count(),
@@ -237,7 +261,7 @@ def compared(setup: EvaluateSetup, evaluated: list[Evaluated]) -> tuple[list[Met
     """What the tasks say of all models together; nothing for a single one."""
 
     def same_images(task: str) -> bool:
-        if task == "domains":
+        if task == "domains" or task in setup.task_data:
             return True  # the same further data sets for all models
         split = TASKS[task].protocol(setup.tasks[task], setup.config.phase)["split"]
         return len({split_key(model.data.split(split)) for model in setup.models}) == 1

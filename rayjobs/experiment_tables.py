@@ -83,7 +83,7 @@ def objective_of(experiment: Experiment, columns: Sequence[Column]) -> Column:
         name = judged_metric(columns)
         found = next(column for column in columns if column.metric == name)
     space = "" if experiment.parent is None else experiment.parent.params.get("space", "")
-    if space in SPACES:
+    if space in SPACES and found.metric == SPACES[space].objective:
         return Column(found.metric, found.heading, 1 if SPACES[space].direction == "maximize" else -1)
     return found
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from image_data import RECIPES
-from image_data.prepare import prepare
+from image_data.prepare import DataConfig, prepare
 from image_data.prepared import PreparedData
 from image_data.store import DecodedStore
 from image_data.stream import MemoryStream
@@ -56,7 +56,7 @@ def run_job(job: Job, worker: Worker, reporter: Reporter, shard: Any = None) -> 
         shard: this worker's Ray Data shard under Ray Train; None reads the data in this process.
     """
     set_threads(job.config.train)
-    data = local_data(job.data, job.config)
+    data = local_data(job.data, job.config.data)
     info = data.split("train")
     context = method_context(job.config, len(info.class_names), info.num_images)
     stream = _stream(job, data, worker, shard)
@@ -90,7 +90,7 @@ def worker_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def local_data(data: PreparedData, config: PretrainConfig) -> PreparedData:
+def local_data(data: PreparedData, config: DataConfig) -> PreparedData:
     """The prepared data as this node sees it: the driver's folder when it is shared, else prepared here.
 
     Preparing is deterministic, so every node that does it gets the same bytes; the contents are compared.
@@ -100,7 +100,7 @@ def local_data(data: PreparedData, config: PretrainConfig) -> PreparedData:
     """
     if "://" in data.directory or os.path.isdir(data.directory):
         return data
-    mine = prepare(config.data, log=lambda _: None)
+    mine = prepare(config, log=lambda _: None)
     if mine.content != data.content:
         raise RuntimeError(
             f"Node {os.uname().nodename} sees other data than the driver (content {mine.content} instead of "

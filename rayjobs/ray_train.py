@@ -77,9 +77,11 @@ class ProgressPoller:
 class TrainReporter:
     """The loop's Reporter inside a Ray Train worker."""
 
-    def __init__(self, rank: int, board: Any = None) -> None:
+    def __init__(self, rank: int, board: Any = None, counter: str = "epoch") -> None:
+        """Args: counter: the metric that numbers reports and names their checkpoints."""
         self._rank = rank
         self._board = board
+        self._counter = counter
 
     def report(self, metrics: dict[str, Any], save: Callable[[Path], None] | None) -> None:
         """Report on every rank; rank 0 hands over the checkpoint."""
@@ -90,7 +92,7 @@ class TrainReporter:
             if save is not None:
                 save(Path(directory))
                 checkpoint = ray.train.Checkpoint.from_directory(directory)
-            name = f"epoch_{int(metrics['epoch']):05d}"
+            name = f"{self._counter}_{int(metrics[self._counter]):05d}"
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
 
     @contextmanager

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from rayjobs.job import Job, run_job, worker_device
 from rayjobs.optuna_search import PruneAwareOptunaSearch
 from rayjobs.record import trial_record
 from rayjobs.result_files import write_phases
+from rayjobs.task_data import TaskData
 from rayjobs.train_loop import TrainingDiverged, Worker
 from rayjobs.transfer import TaskConfigs, TransferResult, evaluate_checkpoint
 from search_spaces import SearchSpace, SpaceContext
@@ -64,6 +65,7 @@ class SweepPlan:
         seed: seed of the sampler.
         prune: whether ASHA stops trials early.
         phases: "val" while searching; "test" only for the report.
+        task_data: images of single tasks.
         folder: subfolder of Tune's own files.
         named_by_seed: runs are called by method and seed, not by method and number.
     """
@@ -82,6 +84,7 @@ class SweepPlan:
     phases: tuple[Phase, ...] = ("val",)
     folder: str = "tune"
     named_by_seed: bool = False
+    task_data: Mapping[str, TaskData] = field(default_factory=dict)
 
 
 def milestones(epochs: int) -> tuple[int, ...]:
@@ -157,12 +160,16 @@ def run_trial(sampled: dict[str, Any], plan: SweepPlan) -> None:
         # Restarting would diverge again in the same step: the trial ends here, as failed.
         tune.report({"epoch": 0, "diverged": str(error)})
         return
+    trial_id = tune.get_context().get_trial_id()
+    known: dict[str, Any] = {"task_data": plan.task_data, "storage": f"{plan.storage}/{plan.folder}-runs/{trial_id}"}
     with _as_directory(checkpoint) as directory:
+        known["location"] = _location(checkpoint)
         results = {
-            phase: evaluate_checkpoint(directory, plan.tasks, phase, job.data, config.train) for phase in plan.phases
+            phase: evaluate_checkpoint(directory, plan.tasks, phase, job.data, config.train, **known)
+            for phase in plan.phases
         }
     report = final_report(results, config.train.epochs + 1, plan.objective, checkpoint, last)
-    files = write_phases(results, f"{plan.storage}/{plan.folder}-files/{tune.get_context().get_trial_id()}")
+    files = write_phases(results, f"{plan.storage}/{plan.folder}-files/{trial_id}")
     tune.report({**report, "files": files})
 
 
@@ -192,9 +199,13 @@ def _as_directory(path: str) -> Iterator[str]:
     """A checkpoint of this trial as a local folder."""
     from rayjobs.checkpoint import local_directory
 
-    location = path if "://" in path or os.path.isabs(path) else f"s3://{path}"
-    with local_directory(location) as directory:
+    with local_directory(_location(path)) as directory:
         yield str(directory)
+
+
+def _location(path: str) -> str:
+    """A checkpoint's path as Ray reports it, as a path or URI that every node reads."""
+    return path if "://" in path or os.path.isabs(path) else f"s3://{path}"
 
 
 def final_report(

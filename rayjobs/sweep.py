@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         check_shared(config.output, "sweeps", cluster.is_multi_node)
     console.print(
-        f"Objective {setup.objective} ({setup.space.direction}d) on validation data; "
+        f"Objective {setup.objective} ({setup.direction}d) on validation data; "
         f"{config.num_trials} trials of {settings.epochs} epochs over {', '.join(setup.context.methods)}"
     )
     for method, reason in setup.left_out.items():

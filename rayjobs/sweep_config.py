@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
+from evaluation import TASKS
 from image_data.prepare import DataConfig
 from image_data.prepared import PreparedData
 from methods import METHODS
 from rayjobs.configs import PretrainConfig, TrainConfig, preset, with_parameters
 from rayjobs.job import view_recipes
+from rayjobs.task_data import TaskData, check_task_data, prepare_task_data
+from rayjobs.task_options import TaskOptions, chosen_tasks
 from rayjobs.train_loop import method_context
-from rayjobs.transfer import TaskConfigs, check_tasks, task_configs, task_of
+from rayjobs.transfer import TaskConfigs, task_of
 from search_spaces import SearchSpace, SpaceContext, search_space
 
 __all__ = ["SweepConfig", "SweepSetup", "checked_batch", "prepare_sweep", "sweep_defaults"]
@@ -29,12 +33,14 @@ class SweepConfig:
         num_trials: trials to run.
         objective: downstream metric to optimise; empty takes the space's. Measured on validation data.
         tasks: downstream tasks measured for every finished trial; empty takes the space's.
+        task_data: images of single fine-tuning tasks, as TASK=URI (detection=voc:DIR).
         prune: stop trials that fall behind after a quarter of the epochs (at least 2), and at every doubling (ASHA;
             the first 3 trials at each of these epochs go on).
         confirm: retrain the winner with this many new seeds and report the test split.
         name: name of the sweep: folder under --output and MLflow experiment; empty makes one from the time.
         output: folder (or URI that all nodes reach) of results and checkpoints.
         resume: continue an interrupted sweep: finished trials stay, others go on from their checkpoint.
+        options: options of the downstream tasks.
         train: training settings of all trials.
         data: images, splits, subsets.
     """
@@ -44,11 +50,13 @@ class SweepConfig:
     num_trials: int = 18
     objective: str = ""
     tasks: tuple[str, ...] = ()
+    task_data: tuple[str, ...] = ()
     prune: bool = True
     confirm: int = 0
     name: str = ""
     output: str = "results"
     resume: bool = False
+    options: TaskOptions = field(default_factory=TaskOptions)  # pyright: ignore[reportInvalidTypeForm] - made of TASKS
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
@@ -66,6 +74,14 @@ class SweepSetup:
     probe_metric: str
     objective: str
     left_out: dict[str, str]
+    task_data: dict[str, TaskData] = field(default_factory=dict)
+
+    @property
+    def direction(self) -> Literal["maximize", "minimize"]:
+        """Which way the objective is better: an error is minimised, whatever the space's own objective is."""
+        is_own = self.objective == self.space.objective
+        is_error = TASKS[task_of(self.objective, self.config.options)].direction == "min"
+        return self.space.direction if is_own or not is_error else "minimize"
 
 
 def checked_batch(train: TrainConfig, data: PreparedData) -> None:
@@ -100,18 +116,19 @@ def prepare_sweep(config: SweepConfig, data: PreparedData) -> SweepSetup:
     checked_batch(config.train, data)
     methods = _selected(config, space)
     objective = config.objective or space.objective
-    tasks = task_configs(_with_objective(config.tasks or space.tasks, objective))
-    for phase in ("val", "test"):
-        check_tasks(tasks, phase, data)
-    probe_metric = objective if task_of(objective) in ("few_shot", "knn") else "knn/top1"
-    probe = task_configs([task_of(probe_metric)], num_tasks=PROBE_TASKS)
+    task_of(objective, config.options)  # an unknown metric, before its task is looked for
+    tasks = chosen_tasks(_with_objective(config.tasks or space.tasks, objective, config.options), config.options)
+    task_data = prepare_task_data(config.task_data, tasks, config.data, lambda _: None)
+    check_task_data(tasks, ("val", "test"), data, task_data)
+    probe_metric = objective if task_of(objective, config.options) in ("few_shot", "knn") else "knn/top1"
+    probe = _probe(task_of(probe_metric, config.options), config.options)
     left_out = _unusable(config, space, methods, data)
     if left_out and (config.methods or len(left_out) == len(methods)):
         raise ValueError(next(iter(left_out.values())))
     methods = tuple(m for m in methods if m not in left_out)
     base = {m: _base(config, space, m) for m in methods}
     context = _space_context(config, methods, data)
-    return SweepSetup(config, space, context, base, tasks, probe, probe_metric, objective, left_out)
+    return SweepSetup(config, space, context, base, tasks, probe, probe_metric, objective, left_out, task_data)
 
 
 def _base(config: SweepConfig, space: SearchSpace, method: str) -> PretrainConfig:
@@ -163,8 +180,14 @@ def _selected(config: SweepConfig, space: SearchSpace) -> tuple[str, ...]:
     return config.methods or space.methods
 
 
-def _with_objective(tasks: tuple[str, ...], objective: str) -> list[str]:
-    needed = task_of(objective)
+def _probe(task: str, options: Any) -> TaskConfigs:
+    """The task that trials are compared by while they run: fewer few-shot tasks than in the objective itself."""
+    own = getattr(options, task)
+    return {task: replace(own, num_tasks=PROBE_TASKS) if hasattr(own, "num_tasks") else own}
+
+
+def _with_objective(tasks: tuple[str, ...], objective: str, options: Any) -> list[str]:
+    needed = task_of(objective, options)
     return list(tasks) if needed in tasks else [needed, *tasks]
 
 

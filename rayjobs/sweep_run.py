@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from evaluation import TASKS
 from image_data.prepared import PreparedData
 from rayjobs.capacity import ClusterInfo
 from rayjobs.configs import PretrainConfig, from_dict, preset, to_dict
@@ -40,7 +41,8 @@ class _Sweep(TuneSession):
         setup, config = self.setup, self.setup.config
         probe_epochs = milestones(config.train.epochs) if folder == "tune" else ()
         probe = (setup.probe, probe_epochs, setup.probe_metric)
-        common = {"num_trials": config.num_trials, "prune": config.prune, "direction": setup.space.direction}
+        common = {"num_trials": config.num_trials, "prune": config.prune, "direction": setup.direction}
+        common |= {"task_data": setup.task_data}
         return self.plan(base, folder, setup.tasks, setup.objective, *probe, **{**common, **changes})
 
 
@@ -60,13 +62,13 @@ def run_sweep(setup: SweepSetup, data: PreparedData, cluster: ClusterInfo, conso
         results: dict[str, Any] = {
             "name": setup.config.name,
             "objective": setup.objective,
-            "direction": setup.space.direction,
+            "direction": setup.direction,
             "rule": data.rule,
             "left_out": setup.left_out,
             "baseline": baseline,
             "trials": trials,
         }
-        best = _best(trials, setup.space.direction)
+        best = _best(trials, setup.direction)
         if best is not None:
             results["best"] = best
             results["test"] = _test_best(sweep, best)
@@ -85,7 +87,9 @@ def run_sweep(setup: SweepSetup, data: PreparedData, cluster: ClusterInfo, conso
 def _log_parent(sweep: _Sweep) -> None:
     setup = sweep.setup
     config = to_dict(setup.config)
-    flat = {k: v for k, v in config.items() if k not in ("train", "data")}
+    flat = {k: v for k, v in config.items() if k not in ("train", "data", "options")}
+    for task in setup.tasks:
+        flat |= {f"{task}_{name}": value for name, value in config["options"][task].items()}
     sweep.parent.params({**flat, **config["train"], **{f"data_{k}": v for k, v in config["data"].items()}})
     sweep.parent.tags({"objective": setup.objective, "data_fingerprint": sweep.data.fingerprint})
     sweep.parent.json({"config": config, "data": data_record(sweep.data)}, "sweep.json")
@@ -137,13 +141,18 @@ def _test_best(sweep: _Sweep, best: Mapping[str, Any]) -> dict[str, Any]:
 
     def evaluate() -> dict[str, Any]:
         with local_directory(best["checkpoint"]) as directory:
-            found = evaluate_checkpoint(directory, sweep_tasks, "test", data, settings)
+            found = evaluate_checkpoint(directory, sweep_tasks, "test", data, settings, **known)
         write_phases({"test": found}, files)
         return found.to_json()
 
     sweep_tasks, data = sweep.setup.tasks, sweep.data
     files = f"{sweep.folder}/winner-files"
-    remote = ray.remote(num_cpus=settings.cpus_per_worker, num_gpus=float(settings.use_gpu))(evaluate)
+    known: dict[str, Any] = {"task_data": sweep.setup.task_data, "storage": f"{sweep.folder}/winner-runs"}
+    known["location"] = best["checkpoint"]
+    # With several workers it waits for Ray jobs of its own: what it reserved they would lack.
+    waits = settings.num_workers > 1 and any(TASKS[name].needs == "fine_tuning" for name in sweep_tasks)
+    num_cpus, num_gpus = (0, 0) if waits else (settings.cpus_per_worker, float(settings.use_gpu))
+    remote = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(evaluate)
     result = ray.get(remote.options(label_selector=sweep.placement.train or {}).remote())
     write_json(stored, {"trial_id": best["trial_id"], "result": result})
     return result

@@ -8,11 +8,21 @@ from typing import Any
 
 from evaluation import TASKS
 
-__all__ = ["FROZEN_SUITE", "TaskOptions", "chosen_tasks"]
+__all__ = ["DEFAULT_FROZEN", "DOWNSTREAM_SUITE", "FROZEN_SUITE", "TaskOptions", "chosen_tasks"]
 
 # Every task on frozen features that any checkpoint's own data allow in a few passes over them: no further data sets, no
 # hundred passes (linear_readoff), no minutes per image (inversion).
-FROZEN_SUITE = tuple(name for name in TASKS if name not in ("domains", "linear_readoff", "inversion"))
+FROZEN_SUITE = tuple(
+    name
+    for name, spec in TASKS.items()
+    if spec.needs != "fine_tuning" and name not in ("domains", "linear_readoff", "inversion")
+)
+# Every downstream task that fine-tunes the backbone; layer_freezing is a grid of them for one question of its own.
+DOWNSTREAM_SUITE = tuple(
+    name for name, spec in TASKS.items() if spec.needs == "fine_tuning" and name != "layer_freezing"
+)
+DEFAULT_FROZEN = ("linear", "knn", "few_shot", "entropy", "uniformity")
+_SUITES = {"frozen": FROZEN_SUITE, "downstream": DOWNSTREAM_SUITE}
 
 TaskOptions: Any = dataclasses.make_dataclass(
     "TaskOptions",
@@ -24,22 +34,24 @@ TaskOptions.__doc__ = "Options of the downstream tasks, one group each; used whe
 
 
 def chosen_tasks(names: Sequence[str], options: Any) -> dict[str, Any]:
-    """The chosen tasks with their options; "frozen" stands for ``FROZEN_SUITE``.
+    """The chosen tasks with their options; "frozen" and "downstream" stand for suites.
 
     Args:
-        names: tasks.
+        names: tasks; none lets every option pass (the caller decides by the data).
         options: a ``TaskOptions``.
 
     Raises:
         ValueError: an unknown task, or options of a task that was not chosen (an option is never ignored).
     """
-    wanted = list(dict.fromkeys(task for name in names for task in (FROZEN_SUITE if name == "frozen" else (name,))))
+    wanted = list(dict.fromkeys(task for name in names for task in _SUITES.get(name, (name,))))
     unknown = [name for name in wanted if name not in TASKS]
     if unknown:
         raise ValueError(
-            f"Unknown task {', '.join(unknown)}. Known tasks: {', '.join(TASKS)}; frozen stands for all of them but "
-            f"{', '.join(name for name in TASKS if name not in FROZEN_SUITE)}."
+            f"Unknown task {', '.join(unknown)}. Known tasks: {', '.join(TASKS)}; frozen stands for "
+            f"{', '.join(FROZEN_SUITE)}, and downstream for {', '.join(DOWNSTREAM_SUITE)}."
         )
+    if not names:
+        return {}
     unused = [name for name in TASKS if name not in wanted and getattr(options, name) != TASKS[name].config]
     if unused:
         raise ValueError(

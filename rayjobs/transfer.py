@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,10 +22,15 @@ from rayjobs.checkpoint import load_backbone
 from rayjobs.configs import PretrainConfig, TrainConfig
 from rayjobs.split_reader import SplitReader, evaluation_view
 
+if TYPE_CHECKING:
+    from evaluation.fine_tuning import FineTuning
+    from rayjobs.task_data import TaskData
+
 __all__ = [
     "FeatureAccess",
     "TaskConfigs",
     "TransferResult",
+    "check_task",
     "check_tasks",
     "compare_models",
     "evaluate_backbone",
@@ -94,24 +99,41 @@ def task_configs(names: Sequence[str], **overrides: Any) -> dict[str, Any]:
     return configs
 
 
-def task_of(metric: str) -> str:
+def task_of(metric: str, options: Any = None) -> str:
     """The task that yields a metric.
+
+    Args:
+        metric: its name.
+        options: a ``TaskOptions`` with which the tasks run; default: their default configurations.
 
     Raises:
         ValueError: no task yields it; lists the metrics.
     """
-    for name, spec in TASKS.items():
-        if metric in spec.metrics:
+    yielded = {
+        name: spec.metrics if options is None else spec.metric_names(getattr(options, name))
+        for name, spec in TASKS.items()
+    }
+    for name, metrics in yielded.items():
+        if metric in metrics:
             return name
-    known = ", ".join(m for spec in TASKS.values() for m in spec.metrics)
+    known = ", ".join(m for metrics in yielded.values() for m in metrics)
     raise ValueError(f"Unknown metric {metric!r}. Known metrics: {known}.")
 
 
 def check_tasks(tasks: TaskConfigs, phase: Phase, data: PreparedData) -> None:
     """Raise ValueError before any long work when the data cannot support a task."""
-    counts = {name: info.class_counts for name, info in data.splits.items()}
     for name, config in tasks.items():
-        TASKS[name].check(config, phase, counts)
+        check_task(name, config, phase, data)
+
+
+def check_task(name: str, config: Any, phase: Phase, data: PreparedData) -> None:
+    """Raise ValueError before any long work when the data cannot support one task."""
+    spec = TASKS[name]
+    spec.check(config, phase, {split: info.class_counts for split, info in data.splits.items()})
+    if spec.check_data is not None:
+        for split in spec.splits(config, phase):
+            data.split(split)
+        spec.check_data(config, phase, data)
 
 
 def pretraining_info(config: PretrainConfig, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,8 +173,9 @@ def evaluate_backbone(
     access: FeatureAccess | None = None,
     info: Mapping[str, Any] | None = None,
     on_output: Callable[[Output], None] | None = None,
+    fine_tuning: FineTuning | None = None,
 ) -> TransferResult:
-    """Run frozen tasks.
+    """Run downstream tasks.
 
     Args:
         backbone: the network, on ``device``; left as it was (mode, weights, BatchNorm statistics).
@@ -165,6 +188,7 @@ def evaluate_backbone(
         access: another way to the features (a Ray Data actor pool, further data sets); default: this process.
         info: of the pretraining, see ``pretraining_info``.
         on_output: called as each metric, file or sample is known.
+        fine_tuning: how tasks that train the backbone do it; they get copies of it.
     """
     found = access or local_features(backbone, data, settings, phase, seed, device)
     context = EvaluationContext(
@@ -177,6 +201,7 @@ def evaluate_backbone(
         images=SplitReader(data, settings, phase, seed).images,
         domains={name: FeatureCache(features) for name, features in found.domains.items()},
         info=info or {},
+        fine_tuning=fine_tuning,
     )
     result = TransferResult(
         [], {"phase": phase, "image_size": settings.image_size, "view": evaluation_view().to_json()}
@@ -206,16 +231,45 @@ def evaluate_checkpoint(
     phase: Phase,
     data: PreparedData,
     settings: TrainConfig,
-    device: torch.device | None = None,
     seed: int = 0,
+    task_data: Mapping[str, TaskData] | None = None,
+    location: str = "",
+    storage: str = "",
 ) -> TransferResult:
-    """Load the backbone of a local checkpoint folder and evaluate it in this process."""
+    """Load the backbone of a local checkpoint folder and evaluate it: frozen tasks in this process.
+
+    Args:
+        directory: the folder.
+        tasks: task name -> config.
+        phase: "val" or "test".
+        data: prepared data of the run.
+        settings: as for ``evaluate_backbone``. With one worker tasks are fine-tuned in this process too, with more as
+            Ray jobs of the connected cluster.
+        seed: of task lists, solvers and fine-tuning runs.
+        task_data: images of single tasks.
+        location: folder or URI of the same checkpoint that every node reaches; default: ``directory``.
+        storage: folder or URI of the fine-tuning runs' checkpoints; "" keeps none.
+    """
+    from rayjobs.fine_tuning_runs import RunsPlan, fine_tuning_of, weights_hash
     from rayjobs.job import worker_device
+    from rayjobs.task_data import TaskData
 
     backbone, config, record = load_backbone(directory)
-    where = device or worker_device(settings)
-    info = pretraining_info(config, record)
-    return evaluate_backbone(backbone.to(where), tasks, phase, data, settings, where, seed, info=info)
+    device = worker_device(settings)
+    plan = RunsPlan(
+        checkpoint=location or str(directory),
+        pretrain=config,
+        weights=weights_hash(directory),
+        settings=settings,
+        data=TaskData(config.data, data),
+        task_data=task_data or {},
+        storage=storage,
+        on_cluster=settings.num_workers > 1,
+    )
+    info, trained = pretraining_info(config, record), fine_tuning_of(plan)
+    return evaluate_backbone(
+        backbone.to(device), tasks, phase, data, settings, device, seed, info=info, fine_tuning=trained
+    )
 
 
 def split_key(info: SplitInfo) -> str:
