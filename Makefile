@@ -83,6 +83,7 @@ $(RUNTIME): requirements.txt | $(UV)
 
 $(TESTING): requirements-test.txt requirements.txt | $(UV)
 	$(call install,requirements-test.txt)
+	$(install_detectron2)
 	@touch $(RUNTIME) $@
 
 # The marker outlives an interrupted installation, which may leave half of a package that looks complete.
@@ -92,6 +93,16 @@ define install
 	@echo 'Installing the packages of $(1) into $(VENV) ...'
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --quiet -r $(1)
 	@rm $(INSTALLING)
+endef
+
+# detectron2 itself is installed from its git repository (README). The tests take the Python part of release 0.6, which a
+# package index has; its C++ part is not in that package, and torchvision has what the detectors here need of it. The
+# build must not find a compiler, or it looks for the sources that are missing.
+NO_NINJA := $(VENV)/no-ninja
+define install_detectron2
+	@mkdir -p $(NO_NINJA) && printf '#!/bin/sh\nexit 1\n' > $(NO_NINJA)/ninja && chmod +x $(NO_NINJA)/ninja
+	@CC=true CXX=true PATH="$(CURDIR)/$(NO_NINJA):$$PATH" VIRTUAL_ENV=$(CURDIR)/$(VENV) \
+		$(UV) pip install --quiet --no-build-isolation --no-deps pb1-detectron2==0.6
 endef
 
 new_environment = $(PYTHON) -m venv --clear $(VENV) && $(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
