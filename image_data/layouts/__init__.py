@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from image_data.contracts import SPLITS, DataError
 from image_data.layouts.celeba import CELEBA_LAYOUTS
 from image_data.layouts.cifar import CIFAR_LAYOUTS
+from image_data.layouts.cityscapes import CITYSCAPES_LAYOUTS
+from image_data.layouts.coco import COCO_LAYOUTS
 from image_data.layouts.domains import DOMAIN_LAYOUTS
 from image_data.layouts.few_shot import FEW_SHOT_LAYOUTS
 from image_data.layouts.imagenet import IMAGENET_LAYOUTS
 from image_data.layouts.layout import Arrays, ArraySource, Layout, ListedSource, layout_error
 from image_data.layouts.places import PLACES_LAYOUTS
+from image_data.layouts.voc import VOC_LAYOUTS
 from image_data.sources import RowSource
 from image_data.uri import DataUri, Files
 
@@ -23,6 +26,9 @@ LAYOUTS: dict[str, Layout] = {
     **IMAGENET_LAYOUTS,
     **PLACES_LAYOUTS,
     **CELEBA_LAYOUTS,
+    **VOC_LAYOUTS,
+    **COCO_LAYOUTS,
+    **CITYSCAPES_LAYOUTS,
     **DOMAIN_LAYOUTS,
 }
 
