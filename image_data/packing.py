@@ -7,6 +7,7 @@ are then written in its own order by random reads from the spool.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -167,7 +168,7 @@ def _joint_type(name: str, known: pa.DataType | None, new: pa.DataType | None) -
 
 @dataclass
 class PackedSplit:
-    """What was written of one split: file names, sums over its images, and a hash of names, labels and bytes."""
+    """What was written of one split: file names, sums over its images, and a hash of names, labels, bytes, targets."""
 
     files: list[str] = field(default_factory=list)
     num_images: int = 0
@@ -233,7 +234,7 @@ def _write_shard(
     try:
         for rows in groups:
             table = _table(images, spools, types, rows)
-            content.update(_digest(table))
+            content.update(_digest(table, sorted(types)))
             if writer is None:
                 writer = _open_writer(path, table.schema)
             writer.write_table(table, row_group_size=len(rows))
@@ -255,12 +256,17 @@ def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(path, schema, **options)
 
 
-def _digest(table: pa.Table) -> bytes:
-    """Hash of names, labels and encoded images, whatever the file format does around them."""
+def _digest(table: pa.Table, targets: Sequence[str]) -> bytes:
+    """Hash of names, labels, encoded images and further targets, whatever the file format does around them."""
     digest = hashlib.sha256()
     for name, label, image in zip(*(table[column] for column in ("name", "label", "image")), strict=True):
         digest.update(f"{name.as_py()}\0{label.as_py()}\0{len(image.as_buffer())}\0".encode())
         digest.update(image.as_buffer())
+    for target in targets:
+        for value in table[target].to_pylist():
+            data = value if isinstance(value, bytes) else json.dumps(value).encode()
+            digest.update(f"{target}\0{len(data)}\0".encode())
+            digest.update(data)
     return digest.digest()
 
 
