@@ -7,6 +7,9 @@ its "+ 1" widths, and with them every IoU, are ours. Two sources:
 * column ``objects``: JSON, a list of ``{"box", "class", "id", "difficult", "crowd", "area", "mask"}`` per image (VOC,
   COCO); "id" (of the category) and "mask" may be missing;
 * columns ``box``, ``coarse`` and ``mask`` of the rendered data: one object per image, its class the coarse category.
+
+Detections of all images are one array: float32 (M, 7), row of the image, class, score, x0, y0, x1, y1. Their masks,
+where there are any, are compressed run lengths (the "counts" of COCO's RLE), joined into one array of bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +27,17 @@ from pycocotools import mask as coco_mask
 from image_data.contracts import DataError
 from image_data.tables import ImageTable
 
-__all__ = ["VOC_CLASSES", "Objects", "has_objects", "read_classes", "read_objects"]
+__all__ = [
+    "VOC_CLASSES",
+    "Objects",
+    "box_iou",
+    "check_detections",
+    "has_objects",
+    "join_masks",
+    "read_classes",
+    "read_objects",
+    "split_masks",
+]
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -69,7 +82,7 @@ def read_classes(tables: Sequence[ImageTable]) -> tuple[str, ...]:
         tables: the training images first, then those that are scored.
 
     Raises:
-        DataError: no objects at all; a later table has objects of a class that the first one lacks.
+        DataError: a table has no object at all; a later one has objects of a class that the first one lacks.
     """
     if not all(has_objects(table.columns) for table in tables):
         lacking = next(table for table in tables if not has_objects(table.columns))
@@ -78,8 +91,9 @@ def read_classes(tables: Sequence[ImageTable]) -> tuple[str, ...]:
             "boxes: use voc:, coco: or rendered: data."
         )
     first, *others = (_category_ids(table) for table in tables)
-    if not first:
-        raise DataError("the training images have no object at all; a detector needs annotated objects.")
+    if not first or not all(others):
+        which = "scored" if first else "training"
+        raise DataError(f"the {which} images have no object at all; a detector needs annotated objects.")
     unknown = sorted({name for other in others for name in other} - set(first))
     if unknown:
         raise DataError(
@@ -170,3 +184,42 @@ def _rendered_object(table: ImageTable, row: int) -> Objects:
         areas=np.array([mask.sum()], np.float32)[:visible],
         masks=(rle,)[:visible],
     )
+
+
+def box_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Intersection over union of all pairs of boxes (n, 4) and (m, 4): float64 (n, m); 0 for empty boxes."""
+    a, b = boxes[:, None].astype(np.float64), others[None].astype(np.float64)
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    common = sides.clip(min=0).prod(-1)
+    area_a, area_b = ((box[..., 2:] - box[..., :2]).clip(min=0).prod(-1) for box in (a, b))
+    return common / np.maximum(area_a + area_b - common, np.finfo(np.float64).tiny)
+
+
+def check_detections(detections: np.ndarray, num_images: int, num_classes: int) -> None:
+    """ValueError unless these are detections (M, 7) in such images, finite numbers throughout."""
+    if detections.ndim != 2 or detections.shape[1] != 7:
+        raise ValueError(
+            f"detections have shape {detections.shape}; expected (M, 7): image row, class, score, x0, y0, x1, y1."
+        )
+    bad = np.flatnonzero(~np.isfinite(detections).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"{len(bad):,} of {len(detections):,} detections contain NaN or infinity (first: number {bad[0]}): "
+            "training diverged. Look at its loss and lower the learning rate."
+        )
+    for column, (name, limit) in enumerate((("image", num_images), ("class", num_classes))):
+        outside = detections[(detections[:, column] < 0) | (detections[:, column] >= limit), column]
+        if len(outside):
+            raise ValueError(f"a detection is of {name} {outside[0]:g}; there are {name} 0 to {limit - 1}.")
+
+
+def join_masks(counts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Masks of detections as arrays: their bytes, uint8, one after the other, and how many each has, int64 (M,)."""
+    return np.frombuffer(b"".join(counts), np.uint8), np.array([len(part) for part in counts], np.int64)
+
+
+def split_masks(mask_rle: np.ndarray, mask_sizes: np.ndarray) -> list[bytes]:
+    """The opposite of ``join_masks``."""
+    assert mask_sizes.sum() == len(mask_rle), (mask_sizes.sum(), len(mask_rle))
+    ends = np.cumsum(mask_sizes)
+    return [mask_rle[end - size : end].tobytes() for end, size in zip(ends, mask_sizes, strict=True)]
