@@ -71,10 +71,7 @@ def test_spread_runs_equal_this_process(ray_cluster: Any, plan: RunsPlan, tmp_pa
     assert abs(here[0].losses[0, 1] - here[1].losses[0, 1]) > 1e-4  # the checkpoint's weights against fresh ones
 
 
-@pytest.mark.parametrize("spread", [False, True])
-def test_divergence_on_the_cluster_ends_the_run_with_its_message(
-    ray_cluster: Any, plan: RunsPlan, spread: bool
-) -> None:
+def test_divergence_on_the_cluster_ends_the_run_with_its_message(ray_cluster: Any, plan: RunsPlan) -> None:
     run = replace(RUN, problem=replace(PROBLEM, bias=float("nan")))
     with pytest.raises(FineTuningDiverged, match=r"color \(seed0\) became NaN or infinite at iteration 1 of 4"):
         fine_tuning_of(replace(plan, on_cluster=True)).results([run], spread=True)
