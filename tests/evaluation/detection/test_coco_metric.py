@@ -53,8 +53,9 @@ def test_boxes_equal_an_implementation_without_pycocotools(seed: int) -> None:
 def test_crowds_and_areas_equal_torchmetrics() -> None:
     found, objects = random_scene(2)
     objects = [replace(one, crowd=one.difficult, difficult=one.difficult & False) for one in objects]
-    thresholds = np.linspace(0.5, 0.95, 10).tolist()  # its own are float32, which decides ties differently
-    reference = MeanAveragePrecision(backend="pycocotools", iou_thresholds=thresholds)
+    # its own thresholds are float32, which decides ties differently
+    overlaps, recalls = np.linspace(0.5, 0.95, 10).tolist(), np.linspace(0, 1, 101).tolist()
+    reference = MeanAveragePrecision(backend="pycocotools", iou_thresholds=overlaps, rec_thresholds=recalls)
     reference.update(*as_tensors(found, objects))
     expected = reference.compute()
     score = coco_ap(found, objects, sizes(len(objects)), 4)
