@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -13,9 +15,10 @@ LABELS = np.random.default_rng(0).choice([0, 3, 4, 9], size=200, p=[0.5, 0.3, 0.
 @pytest.mark.parametrize("n", [1, 3, 4, 7, 50, 150, 199, 200])
 def test_as_even_as_the_classes_allow(n: int) -> None:
     rows = label_subset(LABELS, n, seed=5)
-    assert rows.dtype == np.int64 and len(rows) == n
-    assert (np.diff(rows) > 0).all() and rows[0] >= 0 and rows[-1] < 200
-    available = np.array([(LABELS == label).sum() for label in (0, 3, 4, 9)])
+    assert (rows.dtype, len(rows)) == (np.int64, n)
+    assert (np.diff(rows) > 0).all()
+    assert 0 <= rows[0] <= rows[-1] < 200
+    available = np.array([(label == LABELS).sum() for label in (0, 3, 4, 9)])
     found = np.array([(LABELS[rows] == label).sum() for label in (0, 3, 4, 9)])
     level = found.max()
     assert ((found >= level - 1) | (found == available)).all()  # water filling: only an exhausted class has fewer
@@ -23,7 +26,7 @@ def test_as_even_as_the_classes_allow(n: int) -> None:
 
 def test_smaller_sets_are_parts_of_larger_ones_and_seeds_differ() -> None:
     sets = [set(label_subset(LABELS, n, seed=1).tolist()) for n in range(1, 201)]
-    assert all(small < large for small, large in zip(sets[:-1], sets[1:], strict=True))
+    assert all(small < large for small, large in itertools.pairwise(sets))
     assert label_subset(LABELS, 30, 1).tolist() == label_subset(LABELS, 30, 1).tolist()
     assert label_subset(LABELS, 30, 1).tolist() != label_subset(LABELS, 30, 2).tolist()
 
