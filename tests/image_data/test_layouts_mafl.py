@@ -97,7 +97,7 @@ def write_list(name: str, *lines: str):
     [
         (lambda d: (d / "MAFL/testing.txt").unlink(), r"there is no file MAFL/testing\.txt \(found: MAFL, identity_Ce"),
         (write_list("testing.txt"), r"MAFL/testing\.txt lists no image"),
-        (write_list("testing.txt", "1.jpg", "000021.jpg"), r"MAFL/testing\.txt lists 1 images that list_land.*: 1\.jpg"),
+        (write_list("testing.txt", "1.jpg", "000021.jpg"), r"MAFL/testing\.txt lists 1 images that list_la.*: 1\.jpg"),
         (write_list("training.txt", "000001.jpg", "000001.jpg"), r"MAFL/training\.txt lists twice: 000001\.jpg"),
         (write_list("testing.txt", "000001.jpg"), r"1 images are in training\.txt and in testing\.txt: 000001\.jpg"),
         (lambda d: (d / "list_landmarks_align_celeba.txt").unlink(), r"there is no file list_landmarks_align_celeba"),
