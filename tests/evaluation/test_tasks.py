@@ -16,6 +16,8 @@ from torch import nn
 from evaluation import TASKS, Artifact, Metric, ModelResult, Output, Phase, Samples
 from evaluation.linear import LinearConfig
 from evaluation.metric import REPORT_SPLITS
+from rayjobs.transfer import check_task
+from tests.evaluation.fine_tuning.samples import fine_tuning, fine_tuning_context, rendered_data, tiny_backbone
 from tests.evaluation.synthetic import ImageSplits, PatchBackbone, image_context
 
 PHASES: tuple[Phase, ...] = ("val", "test")
@@ -35,14 +37,29 @@ QUICK: dict[str, dict[str, Any]] = {
     "class_geometry": {},
     "cam": {"num_images": 12, "grid_images": 2, "classifier": LinearConfig(epochs=3, batch_size=64)},
     "inversion": {"num_images": 2, "iterations": 3},
+    "classification": {"iterations": 2, "batch_size": 4},
+    "pose": {"iterations": 2, "batch_size": 4},
+    "segmentation": {"iterations": 2, "batch_size": 4},
+    "depth": {"iterations": 2, "batch_size": 4},
+    "landmarks": {"iterations": 2, "batch_size": 4, "num_pictures": 2},
+    "detection": {"iterations": 2, "batch_size": 2},
+    "utility": {"labels": (6, 12), "seeds": 2, "iterations": 2, "batch_size": 4},
+    "layer_freezing": {"iterations": 2, "batch_size": 4},
 }
 IMAGES = ImageSplits()
+
+
+def _other_weights(initial: str, seed: int) -> Any:
+    return tiny_backbone(initial, seed + 7)
 
 
 def _run(name: str, phase: Phase, asked: list[str] | None = None, seed: int = 0) -> tuple[Any, list[Output]]:
     """The task with quick options on small pictures: its config and all it yields."""
     spec = TASKS[name]
     config = dataclasses.replace(spec.config, **QUICK[name])
+    if spec.needs == "fine_tuning":
+        check_task(name, config, phase, rendered_data())
+        return config, list(spec.evaluate(config, fine_tuning_context(phase, seed=seed)))
     spec.check(config, phase, IMAGES.counts())
     return config, list(spec.evaluate(config, image_context(IMAGES, phase, seed, asked=asked)))
 
@@ -96,7 +113,11 @@ def test_models_are_compared(name: str) -> None:
             nn.init.normal_(backbone.conv2.weight)
         spec = TASKS[name]
         config = dataclasses.replace(spec.config, **QUICK[name])
-        outputs = list(spec.evaluate(config, image_context(IMAGES, "test", backbone=backbone)))
+        context = image_context(IMAGES, "test", backbone=backbone)
+        if spec.needs == "fine_tuning":
+            other = fine_tuning(backbone=_other_weights if number else tiny_backbone)
+            context = dataclasses.replace(context, fine_tuning=other)
+        outputs = list(spec.evaluate(config, context))
         metrics = {output.name: output for output in outputs if isinstance(output, Metric)}
         samples = {output.name: output.values for output in outputs if isinstance(output, Samples)}
         models.append(ModelResult(f"model {number}", method, 6 * (number + 1), metrics, samples))
@@ -113,7 +134,8 @@ def test_protocol_is_json_and_complete(name: str, phase: Phase) -> None:
     spec = TASKS[name]
     protocol = spec.protocol(spec.config, phase)
     stored = json.loads(json.dumps(protocol))
-    assert {"name", "source", "phase", "split", "features", "metric", "interval", "config"} <= set(stored)
+    assert {"name", "source", "phase", "split", "metric", "interval", "config"} <= set(stored)
+    assert ("schedule" if spec.needs == "fine_tuning" else "features") in stored
     assert stored["phase"] == phase
     assert stored["split"] in spec.splits(spec.config, phase) or not spec.splits(spec.config, phase)
     assert set(stored["config"]) == {field.name for field in dataclasses.fields(spec.config)}
@@ -140,5 +162,5 @@ def test_table_keys_and_objectives() -> None:
 @pytest.mark.parametrize("name", [name for name, spec in TASKS.items() if spec.splits(spec.config, "val")])
 def test_check_refuses_data_without_any_split(name: str) -> None:
     spec = TASKS[name]
-    with pytest.raises(ValueError, match=f"{name} "):
+    with pytest.raises(ValueError, match=f"{name}[ :]"):
         spec.check(spec.config, "val", {})
