@@ -215,7 +215,7 @@ def check_detections(detections: np.ndarray, num_images: int, num_classes: int) 
 
 def join_masks(counts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """Masks of detections as arrays: their bytes, uint8, one after the other, and how many each has, int64 (M,)."""
-    return np.frombuffer(b"".join(counts), np.uint8), np.array([len(part) for part in counts], np.int64)
+    return np.frombuffer(b"".join(counts), np.uint8).copy(), np.array([len(part) for part in counts], np.int64)
 
 
 def split_masks(mask_rle: np.ndarray, mask_sizes: np.ndarray) -> list[bytes]:
