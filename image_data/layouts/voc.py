@@ -192,6 +192,8 @@ DIR/VOC2012/...                            with years=2012 or years=2007,2012: t
 """,
     source="host.robots.ox.ac.uk/pascal/VOC",
     open=_open_voc,
-    options={"years": "2007: or 2012, or 2007,2012; of 2012 there are no test images: without 2007, test is of train"},
+    options={
+        "years": "2007: or 2012, or 2007,2012; 2012 has no test images, so that alone its test is taken from train"
+    },
 )
 VOC_LAYOUTS = {_VOC.name: _VOC}
