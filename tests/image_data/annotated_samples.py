@@ -184,7 +184,7 @@ def write_coco(
     Returns:
         Part -> what its JSON file holds.
     """
-    ids = dict(zip(SHAPE_CLASSES, COCO_CATEGORIES, strict=True))
+    ids: dict[str, int] = dict(zip(SHAPE_CLASSES, COCO_CATEGORIES, strict=True))
     content: dict[str, dict[str, Any]] = {}
     for offset, (part, count) in enumerate((counts or {"train2017": 10, "val2017": 6}).items()):
         images, annotations = [], []
