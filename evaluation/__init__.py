@@ -33,6 +33,7 @@ from evaluation import (
     pose,
     uniformity,
 )
+from evaluation.detection import task as detection_task
 from evaluation.metric import (
     Artifact,
     ClassCounts,
@@ -336,5 +337,17 @@ TASKS: dict[str, TaskSpec] = {
         needs="fine_tuning",
         compare=landmarks.compare,
         check_data=landmarks.check_data,
+    ),
+    "detection": TaskSpec(
+        name="detection",
+        config=detection_task.DetectionConfig(),
+        evaluate=detection_task.evaluate,
+        protocol=detection_task.protocol,
+        splits=detection_task.splits,
+        check=detection_task.check,
+        metric_names=detection_task.metric_names,
+        summary="average precision of a fine-tuned Faster or Mask R-CNN (detectron2), and what its false positives are",
+        needs="fine_tuning",
+        check_data=detection_task.check_data,
     ),
 }

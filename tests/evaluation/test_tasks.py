@@ -160,7 +160,13 @@ def test_table_keys_and_objectives() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, spec in TASKS.items() if spec.splits(spec.config, "val")])
-def test_check_refuses_data_without_any_split(name: str) -> None:
+def test_data_without_the_splits_are_refused(name: str) -> None:
     spec = TASKS[name]
-    with pytest.raises(ValueError, match=f"{name}[ :]"):
+    if spec.needs == "fine_tuning":
+        data = rendered_data()
+        without = dataclasses.replace(data, splits={"train": data.splits["train"]})
+        with pytest.raises(ValueError, match=f"{name}|has no split 'val'"):
+            check_task(name, spec.config, "val", without)
+        return
+    with pytest.raises(ValueError, match=f"{name} "):
         spec.check(spec.config, "val", {})
