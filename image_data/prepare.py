@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DataConfig", "PreparedData", "SplitInfo", "cache_directory", "open_source", "prepare"]
 
-_FORMAT = 1  # of the packed shards; a change makes new cache entries
+_FORMAT = 2  # of the packed shards; a change makes new cache entries
 _LISTED_ERRORS = 20
 _PROGRESS_SECONDS = 30.0
 _COLUMNS = ("image", "label", "index")
