@@ -1,0 +1,1 @@
+"""Label efficiency: how many labels pretraining is worth (being written by the main engineer)."""
