@@ -42,6 +42,7 @@ from evaluation.fine_tuning_runs import (
     curve_iterations,
     newell_deng_schedule,
     over_seeds,
+    rendered_schedule,
     run_seeds,
 )
 from evaluation.metric import (
@@ -222,17 +223,7 @@ def class_schedule(options: FineTuneOptions, recipe: Recipe) -> Schedule:
     """Schedule of classification and pose."""
     if recipe == "newell_deng":
         return chosen_schedule(newell_deng_schedule(options.num_labels, 512, 50_000), options)
-    rendered = Schedule(
-        iterations=200,
-        batch_size=32,
-        learning_rate=1e-3,
-        optimizer="adam",
-        weight_decay=1e-4,
-        warmup_iterations=20,
-        warmup_factor=0.0,
-        decay="cosine",
-    )
-    return chosen_schedule(rendered, options)
+    return chosen_schedule(rendered_schedule(), options)
 
 
 def problem(config: ClassificationConfig) -> ClassificationProblem:

@@ -26,6 +26,7 @@ __all__ = [
     "curve_iterations",
     "newell_deng_schedule",
     "over_seeds",
+    "rendered_schedule",
     "run_seeds",
 ]
 
@@ -84,6 +85,20 @@ def newell_deng_schedule(num_labels: int, batch_size: int, images_per_epoch: int
         decay="poly",
         power=1.0,
         min_learning_rate=1e-6,
+    )
+
+
+def rendered_schedule() -> Schedule:
+    """Ours, for a thousand small images on two cores: Adam, 1e-3 after a short warm-up, cosine decay."""
+    return Schedule(
+        iterations=200,
+        batch_size=32,
+        learning_rate=1e-3,
+        optimizer="adam",
+        weight_decay=1e-4,
+        warmup_iterations=20,
+        warmup_factor=0.0,
+        decay="cosine",
     )
 
 
