@@ -78,7 +78,7 @@ def augment(image: np.ndarray, mask: np.ndarray, view: View, rng: np.random.Gene
     """
     scaled = scaled_size(mask.shape, view.short_side, rng.uniform(*view.scale))
     labels, corner = _crop_labels(mask, scaled, view, rng)
-    picture = _cut(Image.fromarray(image), scaled, corner, labels.shape, Image.Resampling.BILINEAR)
+    picture = _cut_image(image, scaled, corner, labels.shape)
     if rng.random() < 0.5:
         picture, labels = picture[:, ::-1], labels[:, ::-1]
     if view.distort:
@@ -93,11 +93,10 @@ def _crop_labels(
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """The labels of a crop and its upper left corner in the scaled image."""
     size = min(view.size[0], scaled[0]), min(view.size[1], scaled[1])
-    picture = Image.fromarray(mask)
     labels, corner = np.zeros((0, 0), np.uint8), (0, 0)
     for _ in range(CROP_TRIES + 1):
         corner = int(rng.integers(scaled[0] - size[0] + 1)), int(rng.integers(scaled[1] - size[1] + 1))
-        labels = _cut(picture, scaled, corner, size, Image.Resampling.NEAREST)
+        labels = _cut_mask(mask, scaled, corner, size)
         if view.max_class_share >= 1 or _largest_share(labels) < view.max_class_share:
             break
     return labels, corner
@@ -109,28 +108,33 @@ def _largest_share(labels: np.ndarray) -> float:
     return float(counts.max() / counts.sum()) if counts.any() else 1.0
 
 
-def _cut(
-    picture: Image.Image,
-    scaled: tuple[int, int],
-    corner: tuple[int, int],
-    size: tuple[int, ...],
-    resampling: Image.Resampling,
+def _cut_image(
+    image: np.ndarray, scaled: tuple[int, int], corner: tuple[int, int], size: tuple[int, ...]
 ) -> np.ndarray:
-    """A crop of the resized picture, without resizing the rest of it.
+    """A crop of the resized image (bilinear, antialiased), without resizing the rest of it.
 
     Args:
-        picture: of any size.
-        scaled: (height, width) that the whole picture would be resized to.
-        corner: (top, left) of the crop in the resized picture.
+        image: uint8 (H, W, 3).
+        scaled: (height, width) that the whole image would be resized to.
+        corner: (top, left) of the crop in the resized image.
         size: (height, width) of the crop.
-        resampling: of the resizing.
     """
-    down, across = picture.height / scaled[0], picture.width / scaled[1]
+    height, width = image.shape[:2]
+    down, across = height / scaled[0], width / scaled[1]
     top, left = corner
     box = (left * across, top * down, (left + size[1]) * across, (top + size[0]) * down)
-    # Rounding must not put an edge outside of the picture, which Pillow refuses.
-    box = (box[0], box[1], min(box[2], float(picture.width)), min(box[3], float(picture.height)))
-    return np.asarray(picture.resize((size[1], size[0]), resampling, box=box))
+    # Rounding must not put an edge outside of the image, which Pillow refuses.
+    box = (box[0], box[1], min(box[2], float(width)), min(box[3], float(height)))
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box))
+
+
+def _cut_mask(mask: np.ndarray, scaled: tuple[int, int], corner: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:
+    """The same crop of the mask (H, W): the label at the centre of each pixel."""
+    rows, columns = (
+        np.minimum(((first + np.arange(count) + 0.5) * own / whole).astype(np.int64), own - 1)
+        for first, count, own, whole in zip(corner, size, mask.shape, scaled, strict=True)
+    )
+    return mask[rows[:, None], columns]
 
 
 def distort_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

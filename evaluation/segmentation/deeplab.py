@@ -56,7 +56,7 @@ def _dilate_resnet(network: ResNet, output_stride: int) -> None:
                 first.downsample[0].stride = (1, 1)
         else:
             stride *= own
-        for i, block in enumerate(stage):
+        for i, block in enumerate(stage if dilation > 1 else ()):
             _set_dilation(block, before if i == 0 else dilation, dilation)
 
 

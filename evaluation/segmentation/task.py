@@ -19,6 +19,7 @@ Whole images are scored at one scale, after the last iteration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -175,7 +176,7 @@ def check(config: SegmentationConfig, phase: Phase, class_counts: ClassCounts) -
     if config.recipe not in RECIPES:
         raise ValueError(f"segmentation got recipe={config.recipe!r}; allowed: {', '.join(RECIPES)}.")
     counts = ("iterations", "batch_size", "learning_rate", "image_size", "num_labels", "curve_points")
-    negative = [f"{name}={getattr(config, name)}" for name in counts if not getattr(config, name) >= 0]
+    negative = [f"{name}={getattr(config, name)}" for name in counts if not 0 <= getattr(config, name) < math.inf]
     if negative or config.seeds < 1:
         raise ValueError(
             f"segmentation got {', '.join(negative) or f'seeds={config.seeds}'}; allowed: 0 (the recipe's, or all) or "
