@@ -3,8 +3,9 @@
 Recipe ``mafl``, the paper's: all layers are fine-tuned for 200 epochs at learning rate 0.02 and batch 128 on MAFL, five
 points of a face: eyes, nose, mouth corners. The head is "1x1 conv and FC, interleaved with LeakyReLU and BN"
 (``landmark_head``). The paper states neither loss, image size, optimiser, decay nor augmentation; ours (inferred):
-squared distance in coordinates in which the image spans [-1, 1], 224 px, SGD with momentum 0.9 and weight decay 1e-4,
-cosine decay, no augmentation. Recipe ``rendered`` is a minute's worth for ``rendered:`` data.
+mean squared error of coordinates in [0, 1], 224 px, SGD with momentum 0.9 and weight decay 1e-4, 5 epochs of linear
+warm-up (random weights are near the edge of divergence), cosine decay, no augmentation. Recipe ``rendered`` is a
+minute's worth for ``rendered:`` data.
 
 The error of an image is the mean over its visible points of the Euclidean distance between predicted and true point in
 pixels of the stored image, divided by a length of the image (``normalizer``), in percent; the metric is its mean over
@@ -23,7 +24,7 @@ scored.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -38,11 +39,13 @@ from evaluation.metric import (
     ClassCounts,
     EvaluationContext,
     Metric,
+    ModelResult,
     Output,
     Phase,
     Samples,
     mean_interval,
 )
+from evaluation.paired import compare_samples
 from image_data.contracts import DataError
 from image_data.prepared import PreparedData
 from image_data.tables import ImageTable, target_columns
@@ -51,6 +54,7 @@ __all__ = [
     "LandmarksConfig",
     "check",
     "check_data",
+    "compare",
     "evaluate",
     "metric_names",
     "problem",
@@ -68,15 +72,15 @@ class Recipe(NamedTuple):
     """Settings that belong together.
 
     Attributes:
-        schedule: of ``iterations`` where ``epochs`` is 0.
-        epochs: passes over the training images; 0 counts iterations instead.
+        schedule: counted in iterations or, where ``in_epochs``, in passes over the training images.
+        in_epochs: see there.
         image_size: pixels.
         normalizer: see the module.
         source: of all these.
     """
 
     schedule: Schedule
-    epochs: int
+    in_epochs: bool
     image_size: int
     normalizer: Normalizer
     source: str
@@ -84,19 +88,19 @@ class Recipe(NamedTuple):
 
 RECIPES: dict[str, Recipe] = {
     "rendered": Recipe(
-        Schedule(300, 32, 0.02, weight_decay=1e-4, warmup_iterations=20, decay="cosine"),
-        0,
+        Schedule(300, 32, 1e-3, "adam", weight_decay=1e-4, warmup_iterations=20, warmup_factor=0.0, decay="cosine"),
+        False,
         64,
         "box",
         "ours: a minute on two CPU cores with ResNet-9 and the ImageNet stem",
     ),
     "mafl": Recipe(
-        Schedule(1, 128, 0.02, weight_decay=1e-4, decay="cosine"),
-        200,
+        Schedule(200, 128, 0.02, weight_decay=1e-4, warmup_iterations=5, decay="cosine"),
+        True,
         224,
         "eyes",
-        "Zhao et al., ICLR 2021: 200 epochs, learning rate 0.02, batch 128, all layers; squared distance, 224 px, SGD "
-        "with momentum 0.9 and weight decay 1e-4, cosine decay and no augmentation are inferred",
+        "Zhao et al., ICLR 2021: 200 epochs, learning rate 0.02, batch 128, all layers; squared error, 224 px, SGD "
+        "with momentum 0.9 and weight decay 1e-4, 5 epochs of warm-up, cosine decay and no augmentation are inferred",
     ),
 }
 
@@ -106,9 +110,9 @@ class LandmarksConfig:
     """Landmark regression by fine-tuning.
 
     Attributes:
-        recipe: settings that the fields below change where they are not 0: "rendered" (300 iterations of 32 images of
-            64 px, errors relative to the object's box) or "mafl" (Zhao et al.: 200 epochs, batch 128, 224 px, errors
-            relative to the distance of the eyes).
+        recipe: settings that the fields below change where they are not 0: "rendered" (300 iterations of Adam with 32
+            images of 64 px, errors relative to the object's box) or "mafl" (Zhao et al.: 200 epochs of SGD, batch 128,
+            224 px, errors relative to the distance of the eyes).
         epochs: passes over the training images.
         iterations: optimiser steps, instead of epochs.
         batch_size: images per step; without other fields the learning rate grows and the iterations shrink with it.
@@ -151,9 +155,9 @@ def protocol(config: LandmarksConfig, phase: Phase) -> dict:
     """Everything needed to reproduce the numbers, as JSON data."""
     recipe, epochs = RECIPES[config.recipe], _epochs(config)
     normalizer = {"eyes": "distance of the true points 0 and 1 (the eyes)", "box": "diagonal of the object's box"}
-    schedule = problem(config, RECIPES[config.recipe].schedule.batch_size).schedule.to_json()
-    if epochs:
-        schedule["iterations"] = f"{epochs} epochs: round({epochs} x training images / batch_size)"
+    # As many images as a batch: an iteration is an epoch.
+    schedule = problem(config, config.batch_size or recipe.schedule.batch_size).schedule
+    counted = {"counted_in": "passes over the training images" if epochs else "iterations"}
     return {
         "name": "landmarks by fine-tuning",
         "source": recipe.source,
@@ -161,8 +165,8 @@ def protocol(config: LandmarksConfig, phase: Phase) -> dict:
         "split": phase,
         "train": list(train_splits(phase)),
         "head": "last feature map, 1x1 convolution to 128, BatchNorm, LeakyReLU(0.01), flatten, linear layer",
-        "loss": "mean over visible points of the squared distance, the crop spanning [-1, 1]",
-        "schedule": schedule,
+        "loss": "mean over coordinates of visible points of the squared error, in sides of the crop",
+        "schedule": {**schedule.to_json(), **counted},
         "image_size": problem(config, 1).image_size,
         "input": f"central {100 * config.crop:g} % of height and width, resized to a square (bilinear)",
         "augmentation": "mirrored with probability 0.5, left and right points exchanged" if config.flip else "none",
@@ -240,7 +244,7 @@ def problem(config: LandmarksConfig, num_images: int) -> LandmarkProblem:
     recipe, epochs = RECIPES[config.recipe], _epochs(config)
     schedule = recipe.schedule
     if epochs:
-        schedule = replace(schedule, iterations=max(1, round(epochs * num_images / schedule.batch_size)))
+        schedule = schedule.with_iterations(max(1, round(epochs * num_images / schedule.batch_size)))
     if config.batch_size:
         schedule = schedule.with_batch_size(config.batch_size)
     if config.iterations:
@@ -253,7 +257,10 @@ def problem(config: LandmarksConfig, num_images: int) -> LandmarkProblem:
 
 def _epochs(config: LandmarksConfig) -> int:
     """0 where iterations are counted."""
-    return 0 if config.iterations else config.epochs or RECIPES[config.recipe].epochs
+    if config.iterations:
+        return 0
+    recipe = RECIPES[config.recipe]
+    return config.epochs or (recipe.schedule.iterations if recipe.in_epochs else 0)
 
 
 def _normalizer(config: LandmarksConfig) -> Normalizer:
@@ -293,6 +300,11 @@ def _metric(errors: np.ndarray) -> Metric:
     if errors.shape[1] > 1:
         return Metric("landmarks/error", *mean_interval(errors[0]), errors.shape[1])
     return Metric("landmarks/error", float(errors.mean()), None, 1)
+
+
+def compare(config: LandmarksConfig, models: Sequence[ModelResult]) -> Iterator[Metric | Artifact]:
+    """Models compared on the same images; a negative difference is in favour of the first."""
+    yield from compare_samples("landmarks", metric_names(config), models)
 
 
 class _Truth(NamedTuple):
