@@ -19,6 +19,7 @@ from evaluation import (
     class_geometry,
     classification,
     concept_generalization,
+    depth,
     domains,
     entropy,
     feature_plots,
@@ -32,6 +33,7 @@ from evaluation import (
     linear_readoff,
     pose,
     uniformity,
+    utility,
 )
 from evaluation.detection import task as detection_task
 from evaluation.metric import (
@@ -349,5 +351,30 @@ TASKS: dict[str, TaskSpec] = {
         summary="average precision of a fine-tuned Faster or Mask R-CNN (detectron2), and what its false positives are",
         needs="fine_tuning",
         check_data=detection_task.check_data,
+    ),
+    "depth": TaskSpec(
+        name="depth",
+        config=depth.DepthConfig(),
+        evaluate=depth.evaluate,
+        protocol=depth.protocol,
+        splits=depth.splits,
+        check=depth.check,
+        metric_names=depth.metric_names,
+        summary="share of pixels whose fine-tuned depth is within a factor of 1.25 (Newell & Deng)",
+        needs="fine_tuning",
+        compare=depth.compare,
+        check_data=depth.check_data,
+    ),
+    "utility": TaskSpec(
+        name="utility",
+        config=utility.UtilityConfig(),
+        evaluate=utility.evaluate,
+        protocol=utility.protocol,
+        splits=utility.splits,
+        check=utility.check,
+        metric_names=utility.metric_names,
+        summary="label efficiency: how many labels pretraining is worth, from a grid of small runs (Newell & Deng)",
+        needs="fine_tuning",
+        check_data=utility.check_data,
     ),
 }

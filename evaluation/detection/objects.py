@@ -25,6 +25,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from image_data.contracts import DataError
+from image_data.layouts.voc import VOC_CLASSES
 from image_data.tables import ImageTable
 
 __all__ = [
@@ -38,11 +39,6 @@ __all__ = [
     "read_objects",
     "split_masks",
 ]
-
-VOC_CLASSES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
 
 
 @dataclass(frozen=True)
