@@ -88,7 +88,7 @@ class Recipe(NamedTuple):
 
 RECIPES: dict[str, Recipe] = {
     "rendered": Recipe(
-        Schedule(300, 32, 1e-3, "adam", weight_decay=1e-4, warmup_iterations=20, warmup_factor=0.0, decay="cosine"),
+        Schedule(200, 32, 1e-3, "adam", weight_decay=1e-4, warmup_iterations=20, warmup_factor=0.0, decay="cosine"),
         False,
         64,
         "box",
@@ -110,7 +110,7 @@ class LandmarksConfig:
     """Landmark regression by fine-tuning.
 
     Attributes:
-        recipe: settings that the fields below change where they are not 0: "rendered" (300 iterations of Adam with 32
+        recipe: settings that the fields below change where they are not 0: "rendered" (200 iterations of Adam with 32
             images of 64 px, errors relative to the object's box) or "mafl" (Zhao et al.: 200 epochs of SGD, batch 128,
             224 px, errors relative to the distance of the eyes).
         epochs: passes over the training images.
@@ -199,6 +199,8 @@ def check(config: LandmarksConfig, phase: Phase, class_counts: ClassCounts) -> N
             f"landmarks got {', '.join([*negative, f'seeds={config.seeds}', f'crop={config.crop}'])}; allowed: seeds "
             "at least 1, crop above 0 and at most 1, everything else 0 (the recipe's) or more."
         )
+    if config.freezing.stages < 0 or config.freezing.batchnorm not in ("train", "eval"):
+        raise ValueError(f"landmarks got {config.freezing}; allowed: stages at least 0, batchnorm train or eval.")
     if config.epochs and config.iterations:
         raise ValueError(f"landmarks got epochs={config.epochs} and iterations={config.iterations}; give one of them.")
     if config.flip and _normalizer(config) != "eyes":

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.stats import t as student
 
 from evaluation import landmarks
-from evaluation.fine_tuning import Draw, Run, Schedule
+from evaluation.fine_tuning import Draw, Freezing, Run, Schedule
 from evaluation.landmark_head import (
     LandmarkNetwork,
     LandmarkProblem,
@@ -269,7 +269,7 @@ def test_epochs_become_iterations_of_the_images_that_are_trained_on() -> None:
     assert landmarks.problem(replace(config, epochs=10), 1280).schedule.iterations == 100
     assert landmarks.problem(replace(config, iterations=7), 1280).schedule.iterations == 7
     assert landmarks.problem(replace(config, learning_rate=0.3), 9).schedule.learning_rate == 0.3
-    assert landmarks.problem(LandmarksConfig(), 99_999).schedule.iterations == 300
+    assert landmarks.problem(LandmarksConfig(), 99_999).schedule.iterations == 200
     assert landmarks.problem(LandmarksConfig(epochs=2), 320).schedule.iterations == 20
 
 
@@ -361,6 +361,7 @@ COUNTS = {"train": (5, 5), "val": (2, 2), "test": (2, 2)}
         (LandmarksConfig(seeds=0), "seeds=0, .*allowed"),
         (LandmarksConfig(iterations=-1), "iterations=-1, .*allowed"),
         (LandmarksConfig(epochs=3, iterations=4), "give one of them"),
+        (LandmarksConfig(freezing=Freezing(-1)), "stages=-1.*at least 0"),
         (LandmarksConfig(flip=True), "flip for data without left and right"),
     ],
 )
@@ -385,7 +386,7 @@ def test_the_protocol_says_what_errors_are_divided_by() -> None:
     assert (schedule["iterations"], schedule["warmup_iterations"], schedule["batch_size"]) == (200, 5, 128)
     assert schedule["counted_in"] == "passes over the training images"
     assert landmarks.protocol(LandmarksConfig(recipe="mafl", batch_size=32), "val")["schedule"]["iterations"] == 200
-    assert (rendered["schedule"]["iterations"], rendered["schedule"]["counted_in"]) == (300, "iterations")
+    assert (rendered["schedule"]["iterations"], rendered["schedule"]["counted_in"]) == (200, "iterations")
     assert "inferred" in faces["source"]
     assert faces["augmentation"] == "none"
 
