@@ -43,22 +43,26 @@ def register_model(tracker: Tracker, name: str, graph: Path, source: Source) -> 
     digest = hashlib.sha256(graph.read_bytes()).hexdigest()[:16]
     run = tracker.run(f"export {name}", {"key": f"export/{name}/{digest}", "kind": "export", **tags})
     run.params(tags)
-    logged = client.create_logged_model(
-        tracker.experiment_id, name=name, source_run_id=run.run_id, tags=tags, model_type="backbone"
-    )
-    with tempfile.TemporaryDirectory(prefix="export-") as folder:
-        _save(Path(folder) / "model", graph, source, logged)
-        client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
-    client.finalize_logged_model(logged.model_id, "READY")
-    client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    status = "FAILED"
     try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    uri = f"models:/{logged.model_id}"
-    version = client.create_model_version(name, uri, run.run_id, tags=tags, model_id=logged.model_id)
-    run.end("FINISHED")
+        logged = client.create_logged_model(
+            tracker.experiment_id, name=name, source_run_id=run.run_id, tags=tags, model_type="backbone"
+        )
+        with tempfile.TemporaryDirectory(prefix="export-") as folder:
+            _save(Path(folder) / "model", graph, source, logged)
+            client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
+        client.finalize_logged_model(logged.model_id, "READY")
+        client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        uri = f"models:/{logged.model_id}"
+        version = client.create_model_version(name, uri, run.run_id, tags=tags, model_id=logged.model_id)
+        status = "FINISHED"
+    finally:
+        run.end(status)
     return str(version.version)
 
 

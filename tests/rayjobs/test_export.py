@@ -1,11 +1,10 @@
-"""Every export format against the library it is for; what is refused, what is noticed, the command."""
+"""Every export format against the library it is for: what is refused, what is noticed."""
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
-from contextlib import chdir, redirect_stdout
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,45 +15,17 @@ from PIL import Image
 from torch import nn
 
 from image_data.contracts import IMAGENET_MEAN, IMAGENET_STD
-from methods.backbones import BasicBlock, LabBackbone, ResNet9, build_backbone
+from methods.backbones import BasicBlock, LabBackbone, ResNet9
 from rayjobs import export
-from rayjobs.checkpoint import save_checkpoint
 from rayjobs.configs import TrainConfig, config_hash, preset
-from rayjobs.export_config import ExportConfig, prepare_export
 from rayjobs.exporters import FORMATS
 from rayjobs.exporters.contracts import Source
 from rayjobs.exporters.folder import PAGE, ExportError, export_folder
 from rayjobs.exporters.huggingface_format import huggingface_name
 from tests.rayjobs.conftest import TinyBackbone
+from tests.rayjobs.export_samples import add, altered, assert_same_features, negate, remove, source_of
 
 KEEP_TENSORS = ("torchvision", "timm", "detectron2", "huggingface")
-
-
-def randomised(network: nn.Module) -> nn.Module:
-    """Weights and statistics of BatchNorm as training leaves them: not one and zero, which could be forgotten."""
-    generator = torch.Generator().manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.weight.data, 0.5, 1.5),
-                (module.bias.data, -0.2, 0.2),
-                (module.running_mean, -0.2, 0.2),
-                (module.running_var, 0.5, 2.0),
-            ):
-                assert tensor is not None
-                tensor.uniform_(low, high, generator=generator)
-            assert module.num_batches_tracked is not None
-            module.num_batches_tracked.fill_(7)
-    return network.eval()
-
-
-def source_of(name: str, method: str = "moco_v2", stem: str = "imagenet", network: nn.Module | None = None) -> Source:
-    torch.manual_seed(0)
-    train = TrainConfig(backbone=name, stem=stem, image_size=64, epochs=3)
-    if network is None:
-        network = build_backbone(name, train.stem)
-    assert network is not None
-    return Source(randomised(network), preset(method, train), {"epoch": 3})
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +44,6 @@ def features_of_page(folder: Path, images: torch.Tensor) -> list[np.ndarray]:
             if "features" in names:
                 found.append(np.asarray(names["features"]))
     return found
-
-
-def assert_same_features(found: np.ndarray, expected: torch.Tensor, tolerance: float) -> None:
-    assert np.abs(found - expected.numpy()).max() <= tolerance * float(expected.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -140,42 +107,6 @@ def test_onnx_takes_any_batch_and_image_size_and_knows_nothing_of_this_machine(
     assert config_hash(source.config).encode() in content
     assert str(Path(export.__file__).parent).encode() not in content
     assert b"stack_trace" not in content
-
-
-class Altered:
-    """A backbone whose stored tensors differ from those it computes with."""
-
-    def __init__(self, backbone, state):
-        self._backbone, self._state = backbone, state
-
-    def state_dict(self):
-        return self._state
-
-    def __getattr__(self, name):
-        return getattr(self._backbone, name)
-
-
-def altered(form, change):
-    """The format, but what it writes has been changed."""
-
-    def write(source, folder):
-        state = {name: tensor.clone() for name, tensor in source.backbone.state_dict().items()}
-        change(state)
-        return form.write(replace(source, backbone=Altered(source.backbone, state)), folder)
-
-    return replace(form, write=write)
-
-
-def negate(name):
-    return lambda state: state[name].neg_()
-
-
-def remove(name):
-    return lambda state: state.pop(name)
-
-
-def add(name):
-    return lambda state: state.update({name: torch.ones(64)})
 
 
 @pytest.mark.parametrize("name", KEEP_TENSORS)
@@ -296,38 +227,6 @@ def test_formats_say_what_they_cannot_express(backbone, method, stem, expressed,
     assert words in refusals["torchvision"]
 
 
-@pytest.fixture
-def checkpoint(tmp_path, monkeypatch, resnet18):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    save_checkpoint(tmp_path / "secret_place", resnet18.config, {"epoch": 3}, resnet18.backbone)
-    return "secret_place"
-
-
-def test_the_command_writes_prints_and_refuses_to_overwrite(checkpoint, tmp_path, capsys):
-    arguments = ["--checkpoint", checkpoint, "--formats", "torchvision", "timm", "--output", "out"]
-    export.main(arguments)
-    shown = capsys.readouterr().out
-    assert re.search(r"torchvision +features differ by 0\.0e\+00 \(allowed 1e-05\)", shown)
-    assert f"{tmp_path}/out/timm/{PAGE}" in shown
-    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert sorted(path.name for path in files) == [
-        "config.json",
-        PAGE,
-        PAGE,
-        "model.safetensors",
-        "resnet18.pth",
-        "resnet18.safetensors",
-    ]
-    for path in files:
-        assert b"secret_place" not in path.read_bytes()
-    with pytest.raises(SystemExit) as stopped:
-        export.main(arguments)
-    assert stopped.value.code == 2
-    assert "Replace it with --overwrite" in " ".join(capsys.readouterr().err.split())
-    export.main([*arguments, "--overwrite"])
-
-
 def test_provenance_stands_in_the_header_of_safetensors(tmp_path, resnet18):
     from safetensors import safe_open
 
@@ -343,106 +242,3 @@ def test_provenance_stands_in_the_header_of_safetensors(tmp_path, resnet18):
         "epochs": "3",
         "config_hash": config_hash(resnet18.config),
     }
-
-
-def test_a_failed_verification_ends_the_command(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(FORMATS, "timm", altered(FORMATS["timm"], negate("conv1.weight")))
-    with pytest.raises(SystemExit) as stopped:
-        export.main(["--checkpoint", checkpoint, "--formats", "torchvision", "timm", "--output", "out"])
-    assert stopped.value.code == 1
-    assert "timm: 1 of 120 tensors are changed: conv1.weight" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["torchvision"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "--checkpoint is missing"),
-        (["--checkpoint", "nowhere"], "the folder does not exist"),
-        (["--checkpoint", "secret_place", "--formats", "onxx"], "onxx is unknown. Did you mean onnx?"),
-        (["--checkpoint", "secret_place", "--output", "s3://bucket/x"], "give a local folder"),
-        (["--checkpoint", "secret_place", "--register", "a/b"], "cannot be the name of a registered model"),
-        (["--checkpoint", "secret_place", "--register", "a", "--experiment", ""], "--experiment is empty"),
-        (["--checkpoint", "small", "--formats", "onnx", "timm"], "timm cannot express this backbone (resnet9, small"),
-        (["--checkpoint", "secret_place", "--formats", "timm", "--output", "mine"], "is not an export"),
-    ],
-)
-def test_wrong_use_is_refused_before_anything_is_written(checkpoint, tmp_path, capsys, arguments, words):
-    small = source_of("resnet9", stem="small")
-    save_checkpoint(tmp_path / "small", small.config, {}, small.backbone)
-    (tmp_path / "mine" / "timm").mkdir(parents=True)
-    with pytest.raises(SystemExit) as stopped:
-        export.main(arguments)
-    assert stopped.value.code == 2
-    assert words in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "results").exists()
-    assert list((tmp_path / "mine" / "timm").iterdir()) == []
-
-
-def test_missing_packages_are_named_with_the_command_or_left_out(checkpoint, monkeypatch, capsys):
-    from rayjobs.exporters import contracts
-
-    real = contracts.find_spec
-    monkeypatch.setattr(contracts, "find_spec", lambda name: None if name in ("timm", "onnxscript") else real(name))
-    for arguments, words in (
-        (["--formats", "timm"], "--formats timm: it needs timm: install with `pip install timm`."),
-        (["--formats", "torchvision", "--register", "a"], "install with `pip install onnxscript`."),
-    ):
-        with pytest.raises(SystemExit):
-            export.main(["--checkpoint", checkpoint, *arguments])
-        assert words in " ".join(capsys.readouterr().err.split())
-    setup = prepare_export(ExportConfig(checkpoint))
-    assert setup.formats == ("torchvision", "detectron2", "huggingface")
-    assert set(setup.left_out) == {"timm", "onnx"}
-    assert "pip install onnxscript" in setup.left_out["onnx"]
-
-
-def test_without_formats_all_that_the_backbone_allows(checkpoint, tmp_path):
-    small = source_of("resnet9", stem="small")
-    save_checkpoint(tmp_path / "small", small.config, {}, small.backbone)
-    assert prepare_export(ExportConfig("secret_place")).formats == tuple(FORMATS)
-    setup = prepare_export(ExportConfig("small"))
-    assert setup.formats == ("onnx",)
-    assert "resnet9 is not one of" in setup.left_out["huggingface"]
-
-
-def test_help_names_every_format(capsys):
-    shown = io.StringIO()
-    with pytest.raises(SystemExit), redirect_stdout(shown):
-        export.main(["--help"])
-    text = shown.getvalue() + capsys.readouterr().out
-    assert all(name in text for name in FORMATS)
-
-
-def test_a_registered_model_loads_and_gives_the_features(checkpoint, tiny_backbone, tmp_path, capsys):
-    import mlflow.onnx
-    import mlflow.pyfunc
-    from mlflow import MlflowClient
-
-    tiny = source_of("resnet9", stem="small", network=TinyBackbone())
-    save_checkpoint(tmp_path / "tiny", tiny.config, {"epoch": 3}, tiny.backbone)
-    arguments = ["--checkpoint", "tiny", "--register", "gratings", "--output", "out", "--overwrite"]
-    export.main(arguments)
-    assert "gratings version 1" in capsys.readouterr().out
-    client = MlflowClient()
-    version = client.get_model_version("gratings", "1")
-    assert version.tags == tiny.provenance()
-    run = client.get_run(version.run_id)
-    assert run.info.status == "FINISHED"
-    assert run.data.params["config_hash"] == config_hash(tiny.config)
-    assert client.get_experiment(run.info.experiment_id).name == "export"
-
-    model = mlflow.pyfunc.load_model("models:/gratings/1")
-    signature = model.metadata.signature
-    assert [(s.name, s.type, s.shape) for s in signature.inputs] == [("images", np.dtype("float32"), (-1, 3, -1, -1))]
-    assert [(s.name, s.shape) for s in signature.outputs] == [("features", (-1, 16, -1, -1)), ("pooled", (-1, 16))]
-    images = torch.randn(3, 3, 48, 80)
-    with torch.no_grad():
-        expected = tiny.backbone(images)
-    assert_same_features(model.predict(images.numpy())["pooled"], expected, 1e-4)
-    assert model.input_example["images"].shape == (1, 3, 64, 64)
-    assert model.predict(model.input_example)["pooled"].shape == (1, 16)
-    assert not list(tmp_path.glob("out/mlflow-pending*"))
-
-    export.main(arguments)
-    assert "gratings version 2" in capsys.readouterr().out
