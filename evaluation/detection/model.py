@@ -235,7 +235,7 @@ def detector_config(recipe: Recipe, num_classes: int, shapes: Mapping[str, Any])
         model.ANCHOR_GENERATOR.SIZES = [[8 * shape.stride] for shape in shapes.values()]
         model.ROI_HEADS.NAME, model.ROI_HEADS.IN_FEATURES = "StandardROIHeads", names[:-1]
         model.ROI_BOX_HEAD.NAME, model.ROI_BOX_HEAD.NUM_FC = "FastRCNNConvFCHead", 2
-        model.ROI_MASK_HEAD.NAME, model.ROI_MASK_HEAD.NUM_CONV = "MaskRCNNConvUpsampleHead", 4
+        model.ROI_MASK_HEAD.NUM_CONV = 4
         model.ROI_MASK_HEAD.POOLER_RESOLUTION = 14
     config.INPUT.FORMAT = "RGB"
     config.INPUT.MIN_SIZE_TRAIN, config.INPUT.MIN_SIZE_TEST = recipe.train_sides, recipe.test_side

@@ -126,11 +126,11 @@ _CAMTRAST_EPOCH = round(VOC0712_IMAGES / 4)  # iterations
 RECIPES: dict[str, Recipe] = {
     "rendered": Recipe(
         schedule=Schedule(
-            iterations=150,
+            iterations=100,
             batch_size=8,
-            learning_rate=0.02,
+            learning_rate=0.05,
             weight_decay=1e-4,
-            warmup_iterations=20,
+            warmup_iterations=10,
             warmup_factor=0.01,
             decay="cosine",
             clip_norm=5.0,
@@ -144,10 +144,10 @@ RECIPES: dict[str, Recipe] = {
         max_side=128,
         anchors=(20, 32, 48),
         rpn_samples=64,
-        roi_samples=16,
+        roi_samples=12,
         pre_nms=(200, 100),
         post_nms=(50, 20),
-        pooler_side=6,
+        pooler_side=4,
         precise_bn_iterations=10,
     ),
     "voc07": _VOC07,

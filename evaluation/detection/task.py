@@ -8,6 +8,7 @@ the papers; the default one is ours and takes about a minute on the rendered dat
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, get_args
@@ -22,6 +23,7 @@ from evaluation.metric import Artifact, ClassCounts, EvaluationContext, Metric, 
 from image_data.contracts import DataError
 from image_data.prepared import PreparedData
 from image_data.tables import target_columns
+from image_data.windows import open_shard
 
 __all__ = ["DetectionConfig", "check", "check_data", "evaluate", "metric_names", "problem", "protocol", "splits"]
 
@@ -117,6 +119,22 @@ def check_data(config: DetectionConfig, phase: Phase, data: PreparedData) -> Non
                 f"detection needs images with objects, but split {split!r} has the targets "
                 f"{', '.join(columns) or 'none'}. Use voc:, coco: or rendered: data, for this task with --task-data."
             )
+        if resolved_recipe(config).masks and "objects" in columns and not _first_object(data, split).get("mask"):
+            raise DataError(
+                f"detection is to predict masks, but the objects of split {split!r} have none (VOC's never do). Set "
+                "masks to 'no', or use coco: or rendered: data."
+            )
+
+
+def _first_object(data: PreparedData, split: str) -> dict[str, Any]:
+    """The first object of a split, read from as little of it as possible; {"mask": True} where there is none."""
+    for file in data.split(split).files:
+        with open_shard(file) as shard:
+            for batch in shard.iter_batches(batch_size=16, columns=["objects"]):
+                for entries in map(json.loads, batch.column(0).to_pylist()):
+                    if entries:
+                        return entries[0]
+    return {"mask": True}
 
 
 def evaluate(config: DetectionConfig, context: EvaluationContext) -> Iterator[Output]:
