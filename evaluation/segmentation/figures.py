@@ -73,7 +73,11 @@ def example_grid(examples: Sequence[Example], names: Sequence[str]) -> bytes:
     cell = (CELL, min(CELL * width / height, 2.4 * CELL))
     present = sorted({int(c) for e in examples for c in np.unique(np.stack([e.truth, e.predicted])) if c < len(names)})
     total_width = max(len(examples) * (cell[1] + 0.06) + 0.45, 4.5)
-    rows = _legend_rows([names[c] for c in present], min(total_width, LONGEST_ROW))
+    colors = class_colors(names)
+    entries = [(names[c], colors[c] / 255) for c in present]
+    if any((example.truth == IGNORED).any() for example in examples):
+        entries.append(("ignored", colors[IGNORED] / 255))
+    rows = _legend_rows([name for name, _ in entries], min(total_width, LONGEST_ROW))
     legend = LEGEND_ROW * (rows + 0.6)
     total_height = 3 * (cell[0] + 0.06) + 0.45 + legend
     figure = Figure(figsize=(total_width, total_height), dpi=DPI)
@@ -81,7 +85,6 @@ def example_grid(examples: Sequence[Example], names: Sequence[str]) -> bytes:
     figure.subplots_adjust(
         0.4 / total_width, legend / total_height, 1 - 0.05 / total_width, 1 - 0.35 / total_height, 0.04, 0.04
     )
-    colors = class_colors(names)
     for column, example in enumerate(examples):
         pictures = (example.image, colors[example.truth], colors[example.predicted])
         for row, picture in enumerate(pictures):
@@ -90,7 +93,7 @@ def example_grid(examples: Sequence[Example], names: Sequence[str]) -> bytes:
     for row, label in enumerate(("image", "truth", "prediction")):
         cells[row, 0].set_ylabel(label, fontsize=9)
     figure.suptitle("Segmentation of scored images after the last iteration", fontsize=10, y=1 - 0.1 / total_height)
-    _add_legend(figure, [(names[c], colors[c] / 255) for c in present], rows)
+    _add_legend(figure, entries, rows)
     return _png(figure)
 
 

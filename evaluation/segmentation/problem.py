@@ -81,7 +81,8 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "rendered": Recipe(
-        Schedule(300, 16, 0.02, weight_decay=1e-4, decay="poly", min_learning_rate=1e-4),
+        # From random weights, ResNet-9 with the ImageNet stem, 1,080 images of 64 px: mIoU 29 (SGD 0.1: 25).
+        Schedule(300, 16, 2e-3, optimizer="adam", weight_decay=1e-4, decay="poly", min_learning_rate=2e-5),
         head="fcn",
         output_stride=32,
         width=128,

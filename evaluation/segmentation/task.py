@@ -81,7 +81,7 @@ class SegmentationConfig:
         iterations: of training; 0 is the recipe's (rendered 300, deeplab_v3 40,000, deeplab_v3plus 30,000).
         batch_size: over all workers; 0 is the recipe's (16, 8, 8). Another one scales the recipe's learning rate and
             iterations linearly.
-        learning_rate: peak; 0 is the recipe's (0.02, 0.01, 0.01).
+        learning_rate: peak; 0 is the recipe's (0.002 of Adam, 0.01 and 0.01 of SGD).
         image_size: short side that images are resized to, in pixels; 0 keeps the stored size. Crops shrink with it.
         num_labels: training images, a seeded subset; 0 takes all.
         freezing: which stages of the backbone are not trained.

@@ -133,6 +133,11 @@ def test_label_subsets_and_frozen_stages() -> None:
     trainee = _trainee(replace(TINY, num_labels=7), seed=3)
     assert trainee.num_images == 7
     assert len(np.unique(np.array(trainee._table.column("coarse"))[trainee._rows])) == 7  # none twice
+    names = [str(trainee._table.value(int(row), "name")) for row in trainee._rows]
+    read = []
+    trainee._table.value, value = lambda row, column: read.append(row) or value(row, column), trainee._table.value
+    trainee.load(draws(0, trainee.num_images, 0, 7))
+    assert sorted({str(value(row, "name")) for row in read}) == sorted(names)
     other = _trainee(replace(TINY, num_labels=7), seed=4)
     assert trainee._rows.tolist() != other._rows.tolist()
     backbone = tiny_backbone()
@@ -342,6 +347,10 @@ def test_everything_on_rendered_data(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     values = np.array([score(run.sum(0)).miou for run in runs])
     assert metrics["segmentation/miou"].value == pytest.approx(values.mean())
+    for name in ("macc", "aacc"):
+        assert metrics[f"segmentation/{name}"].value == pytest.approx(
+            np.mean([getattr(score(run.sum(0)), name) for run in runs])
+        )
     half = student.ppf(0.975, 1) * values.std(ddof=1) / np.sqrt(2)
     assert metrics["segmentation/miou"].ci95 == pytest.approx(half)
     assert metrics["segmentation/miou"].n == 2
