@@ -6,7 +6,8 @@ U(n), and what they do at the ends of the curve. Runs from scratch do not depend
 checkpoints that are evaluated together share them.
 
 ``utility/mean_log2``, which a sweep can maximise, is ours: the mean over label counts of log2(n_hat / n), the doublings
-of labels that pretraining saves; a run outside the range of the scratch curve counts with its bound.
+of labels that pretraining saves; a run outside the range of the scratch curve counts with its bound. So harm at the
+smallest label count, where fewer labels cannot be told apart, shows in ``utility/mean_gain`` only.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ Target = Literal["classification", "pose", "segmentation", "depth"]
 
 NEWELL_DENG_LABELS = (100, 250, 1000, 4000, 20_000, 50_000, 100_000, 200_000)  # selfstudy: config/grid_search.py
 LADDER_STEP, LADDER_STEPS, FEWEST = 4, 3, 16  # of the counts that are chosen by the data
+RENDERED_ITERATIONS = 60  # of a run: the grid has a dozen of them
 INITIALS: tuple[Initial, ...] = ("random", "checkpoint")
 
 _TARGETS: dict[str, tuple[Any, type]] = {
@@ -62,7 +64,7 @@ class UtilityConfig:
         labels: label counts, ascending; empty takes newell_deng's for that recipe, else all training images, a quarter
             and a sixteenth of them.
         seeds: runs from scratch and runs from the checkpoint per label count.
-        iterations: of every run; 0 is the target recipe's.
+        iterations: of every run; 0 is 60 for the recipe rendered, else newell_deng's for the number of labels.
         batch_size: images per step; 0 is the target recipe's.
         learning_rate: peak; 0 is the target recipe's.
         image_size: side in pixels; 0 leaves the images as they are stored.
@@ -74,7 +76,7 @@ class UtilityConfig:
     recipe: Literal["rendered", "newell_deng"] = "rendered"
     labels: tuple[int, ...] = ()
     seeds: int = 2
-    iterations: int = 60
+    iterations: int = 0
     batch_size: int = 0
     learning_rate: float = 0.0
     image_size: int = 0
@@ -101,7 +103,7 @@ def _target_config(config: UtilityConfig, n: int) -> Any:
     recipe: dict[str, Any] = {} if config.target == "segmentation" else {"recipe": config.recipe}
     return _TARGETS[config.target][1](
         **recipe,
-        iterations=config.iterations,
+        iterations=config.iterations or (RENDERED_ITERATIONS if config.recipe == "rendered" else 0),
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         image_size=config.image_size,
@@ -132,7 +134,10 @@ def protocol(config: UtilityConfig, phase: Phase) -> dict[str, Any]:
         "labelled_images": "even over classes, nested over label counts, drawn by the run's seed; scratch and "
         "fine-tuned runs of a seed see the same",
         "target": target,
-        "schedule": target["schedule"],
+        "schedule": {
+            str(n): _TARGETS[config.target][0].problem(_target_config(config, n)).schedule.to_json()
+            for n in config.labels or (NEWELL_DENG_LABELS if config.recipe == "newell_deng" else (0,))
+        },
         "metric": "mean_log2: mean over label counts of log2(n_hat / n) (ours; runs out of range count with their "
         "bound); mean_gain: mean accuracy difference in points; u_n<count>: n_hat / n - 1",
         "scratch_curve": "isotonic regression of the means" if config.monotone else "mean over runs per label count",
@@ -189,7 +194,7 @@ def evaluate(config: UtilityConfig, context: EvaluationContext) -> Iterator[Outp
         if not np.isnan(values[initial][row]).any():
             yield _accuracy(initial, counts[row], values[initial][row])
     scratch, finetuned = values["random"], values["checkpoint"]
-    assert np.isfinite([scratch, finetuned]).all(), "a run of the grid gave no result"
+    assert np.isfinite([scratch, finetuned]).all(), "a run of the grid gave no result or no accuracy"
     points = utility_points(np.array(counts), scratch, finetuned, config.interpolation, config.monotone)
     for point in points:
         yield Metric(f"utility/u_n{point.n}", point.utility, point.half_width, len(point.runs))

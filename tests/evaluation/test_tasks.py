@@ -44,7 +44,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "landmarks": {"iterations": 2, "batch_size": 4, "num_pictures": 2},
     "detection": {"iterations": 2, "batch_size": 2},
     "utility": {"labels": (6, 12), "seeds": 2, "iterations": 2, "batch_size": 4},
-    "layer_freezing": {"iterations": 2, "batch_size": 4},
+    "layer_freezing": {"iterations": 1, "batch_size": 4},
 }
 IMAGES = ImageSplits()
 
