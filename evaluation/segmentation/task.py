@@ -151,7 +151,7 @@ def protocol(config: SegmentationConfig, phase: Phase) -> dict:
         "loss": "cross-entropy, mean over the labelled pixels of the global batch, logits upsampled to the mask"
         + (f"; auxiliary head: times {AUXILIARY_WEIGHT}" if built.recipe.auxiliary_width else ""),
         "scoring": "whole images at one scale, logits upsampled to the mask (bilinear), pixels of 255 left out",
-        "metrics": {
+        "metric": {
             "miou": "mean IoU in percent, pixels of all images pooled; a class that is predicted but never true counts "
             "0, one that is neither is left out (mmsegmentation); their number is segmentation/absent_classes",
             "macc": "mean over the classes of the truth of the share of their pixels that are right",
