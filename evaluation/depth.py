@@ -6,8 +6,10 @@ largest depth. Choices where the reference is unclear, or not to be followed:
 
 - Scale and background are the largest depth of all training images: the reference divides by 25 and takes the largest
   depth of the batch, which depends on what else is in it.
-- The linear head is the default. The reference trains a linear and an MLP head; ``tasks/depth.py`` indexes the model's
-  output in a way that the released model does not return, so it cannot say which of them was reported.
+- The recipe "newell_deng" has the linear head. The reference trains a linear and an MLP head; ``tasks/depth.py`` indexes
+  the model's output in a way that the released model does not return, so it cannot say which of them was reported.
+- The recipe "rendered" adds maps of finer stages. The paper's network is dilated to stride 8; a map of 2 x 2, which is
+  what a network of stride 32 leaves of 64 px, cannot say where the object is.
 - A prediction of 0 or less is wrong; in the reference two negative ratios count as right.
 - The reference scores at the map's resolution (recipe "newell_deng", ``resolution`` "map"); by default predictions are
   upsampled and scored on all pixels.
@@ -23,16 +25,15 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from evaluation.depth_figures import example_sheet
 from evaluation.depth_metrics import SHARES, Ratio, depth_sums, main_value, rmse, share
+from evaluation.depth_model import HEADS, DepthBatch, DepthModel, Head
 from evaluation.fine_tuning import (
     Draw,
     Freezing,
@@ -98,11 +99,13 @@ class DepthConfig:
     """Fine-tuning for depth.
 
     Attributes:
-        recipe: "rendered": Adam 1e-3 with cosine decay, 200 iterations of 32 images, flips: about a minute for a
-            network with the ImageNet stem at 64 px on two cores. "newell_deng": the paper's, for a GPU: batches of
-            64, 31,400 iterations for fewer than 20,000 labels, flips, colour jitter and grayscale, scored at the map's
-            resolution.
-        head: linear (one 1x1 convolution) or mlp (1x1 convolution, BatchNorm, ReLU, 1x1 convolution).
+        recipe: "rendered": Adam 1e-3 with cosine decay, 200 iterations of 32 images, flips: about three minutes for
+            ResNet-9 with the ImageNet stem at 64 px on two idle cores. "newell_deng": the paper's, for a GPU: batches
+            of 64, 31,400 iterations for fewer than 20,000 labels, flips, colour jitter and grayscale, scored at the
+            map's resolution.
+        head: linear (one 1x1 convolution), mlp (1x1 convolution, BatchNorm, ReLU, 1x1 convolution), skips (the mlp on
+            the maps of all strides from 4 on, added at the finest), or "auto", the recipe's: skips for "rendered",
+            linear for "newell_deng".
         resolution: where loss and metrics are taken: "image" (predictions upsampled bilinearly), "map" (depths of the
             pixels that nearest-neighbour sampling picks), or "auto", the recipe's.
         iterations: optimiser steps; 0 is the recipe's number.
@@ -117,7 +120,7 @@ class DepthConfig:
     """
 
     recipe: Recipe = "rendered"
-    head: Literal["linear", "mlp"] = "linear"
+    head: Literal["auto", "linear", "mlp", "skips"] = "auto"
     resolution: Literal["auto", "image", "map"] = "auto"
     iterations: int = 0
     batch_size: int = 0
@@ -148,7 +151,7 @@ class DepthProblem:
     evaluate_at: tuple[int, ...] = ()
     freezing: Freezing = Freezing()  # noqa: RUF009
     augmentation: Augmentation = Augmentation()  # noqa: RUF009
-    head: Literal["linear", "mlp"] = "linear"
+    head: Head = "linear"
     resolution: Literal["image", "map"] = "image"
     image_size: int = 0
     num_labels: int = 0
@@ -156,41 +159,6 @@ class DepthProblem:
     def build(self, backbone: Any, data: PreparedData, phase: Phase, seed: int, device: torch.device) -> _Trainee:
         """See ``Problem``; the labels that are kept are drawn with the seed."""
         return _Trainee(self, backbone, train_table(data, phase), scored_table(data, phase), seed)
-
-
-class _DepthBatch(NamedTuple):
-    """Normalised images (B, 3, S, S) and depths (B, S, S) in units of the largest one; background is 1."""
-
-    images: Tensor
-    depths: Tensor
-
-
-class _DepthModel(nn.Module):
-    """Backbone and 1x1 convolutions on its map."""
-
-    def __init__(self, backbone: Any, head: str, resolution: str) -> None:
-        super().__init__()
-        width = backbone.num_features
-        self.backbone, self.resolution = backbone, resolution
-        self.last = nn.Conv2d(width, 1, kernel_size=1)
-        assert self.last.bias is not None
-        nn.init.ones_(self.last.bias)  # ours: start from an empty scene; most pixels are background
-        hidden = nn.Conv2d(width, width, kernel_size=1, bias=False)
-        self.hidden = nn.Sequential(hidden, nn.BatchNorm2d(width), nn.ReLU()) if head == "mlp" else nn.Identity()
-
-    def outputs(self, batch: _DepthBatch) -> tuple[Tensor, Tensor]:
-        """Predicted and true depths (B, h, w), at the resolution that counts."""
-        device = self.last.weight.device
-        predicted = self.last(self.hidden(self.backbone.forward_features(batch.images.to(device))))
-        depths = batch.depths.to(device)[:, None]
-        if self.resolution == "map":
-            depths = F.interpolate(depths, size=predicted.shape[-2:], mode="nearest")
-        else:
-            predicted = F.interpolate(predicted, size=depths.shape[-2:], mode="bilinear", align_corners=False)
-        return predicted[:, 0], depths[:, 0]
-
-    def forward(self, batch: _DepthBatch) -> dict[str, Tensor]:
-        return {"l1": F.l1_loss(*self.outputs(batch))}  # every image has as many pixels, so a plain mean will do
 
 
 class _Trainee:
@@ -205,10 +173,10 @@ class _Trainee:
         self.largest = float(np.max(table.column("depth_max")))
         if not 0 < self.largest < math.inf:
             raise DataError(f"depth_max of the training images is {self.largest}; the images show no object.")
-        self.model = _DepthModel(backbone, problem.head, problem.resolution)
+        self.model = DepthModel(backbone, problem.head, problem.resolution)
         self.num_images, self.num_scored = len(self._rows), scored.num_images
 
-    def load(self, draws: Sequence[Draw]) -> _DepthBatch:
+    def load(self, draws: Sequence[Draw]) -> DepthBatch:
         images, depths = [], []
         for draw in draws:
             row = int(self._rows[draw.row])
@@ -217,7 +185,7 @@ class _Trainee:
             depth = self._depth(self._table, row)
             images.append(image)
             depths.append(depth[:, ::-1] if flipped else depth)
-        return _DepthBatch(normalized_batch(images), torch.from_numpy(np.stack(depths)))
+        return DepthBatch(normalized_batch(images), torch.from_numpy(np.stack(depths)))
 
     def _depth(self, table: ImageTable, row: int) -> np.ndarray:
         """Depths of an image in units of the largest one, background 1, float32 (S, S)."""
@@ -244,7 +212,7 @@ class _Trainee:
     def _predict(self, rows: Sequence[int], keep: int | None = None) -> Predictions:
         images = normalized_batch([load_square(self._scored, row, self._problem.image_size) for row in rows])
         stored = np.stack([self._depth(self._scored, row) for row in rows])
-        predicted, depths = self.model.outputs(_DepthBatch(images, torch.from_numpy(stored)))
+        predicted, depths = self.model.outputs(DepthBatch(images, torch.from_numpy(stored)))
         found = depth_sums(predicted.cpu().numpy(), depths.cpu().numpy(), self.largest)
         found["examples"] = predicted.cpu().numpy()[: sum(row < NUM_EXAMPLES for row in rows)]
         found["example_depths"] = depths.cpu().numpy()[: len(found["examples"])]
@@ -256,13 +224,14 @@ def problem(config: DepthConfig) -> DepthProblem:
     is_paper = config.recipe == "newell_deng"
     recipe = newell_deng_schedule(config.num_labels, 64, 10_000) if is_paper else rendered_schedule()
     schedule = chosen_schedule(recipe, config)
+    head = config.head if config.head != "auto" else "linear" if is_paper else "skips"
     resolution = config.resolution if config.resolution != "auto" else "map" if is_paper else "image"
     return DepthProblem(
         schedule,
         curve_iterations(schedule.iterations, config.curve_points),
         config.freezing,
         Augmentation(flip=True, color_jitter=0.8, grayscale=0.25) if is_paper else Augmentation(flip=True),
-        config.head,
+        head,
         resolution,
         config.image_size,
         config.num_labels,
@@ -290,7 +259,7 @@ def protocol(config: DepthConfig, phase: Phase) -> dict:
         "split": phase,
         "trained_on": list(train_splits(phase)),
         "target": "depth / largest depth of the training images; pixels of no object are 1",
-        "head": f"{made.head}, 1x1 convolutions on the feature map; the last bias starts at 1",
+        "head": f"{made.head}: {HEADS[made.head]}; the last bias starts at 1",
         "loss": "L1, mean over pixels",
         "resolution": made.resolution,
         "input": "central square, RGB normalised with ImageNet's mean and deviation",
@@ -309,10 +278,10 @@ def protocol(config: DepthConfig, phase: Phase) -> dict:
 def check(config: DepthConfig, phase: Phase, class_counts: ClassCounts) -> None:
     """ValueError where the options or the data do not allow the evaluation."""
     check_recipe("depth", config.recipe)
-    if config.head not in ("linear", "mlp") or config.resolution not in ("auto", "image", "map"):
+    if config.head not in ("auto", *HEADS) or config.resolution not in ("auto", "image", "map"):
         raise ValueError(
-            f"depth got head={config.head!r}, resolution={config.resolution!r}; allowed: head linear or mlp, "
-            "resolution auto, image or map."
+            f"depth got head={config.head!r}, resolution={config.resolution!r}; allowed: head "
+            f"{', '.join(('auto', *HEADS))}, resolution auto, image or map."
         )
     check_options("depth", config, phase, class_counts)
 

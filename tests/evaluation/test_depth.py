@@ -98,6 +98,23 @@ def test_loss_is_the_mean_absolute_difference(head: Any, resolution: Any) -> Non
     assert loss == pytest.approx((predicted - depths).abs().mean().item(), rel=1e-5)
 
 
+def test_skips_are_the_sum_of_upsampled_maps_of_strides_from_four_on() -> None:
+    trainee = _run(head="skips", resolution="map").problem.build(tiny_backbone(), rendered_data(), "val", 0, CPU)
+    model, batch = trainee.model.eval(), trainee.load(draws(0, 24, 0, 2))
+    backbone = tiny_backbone().eval()
+    stem, first, second, third = backbone.stages
+    fine = second(first(stem(batch.images)))
+    coarse = third(fine)
+    assert (fine.shape[-1], coarse.shape[-1]) == (8, 4)
+    total = torch.zeros(2, 128, 8, 8)
+    for found, (conv, norm) in zip(
+        (fine, torch.nn.Upsample(size=8, mode="bilinear")(coarse)), model.hidden.projections
+    ):
+        total += torch.einsum("oc,bchw->bohw", conv.weight[:, :, 0, 0], found) / (1 + norm.eps) ** 0.5
+    expected = torch.einsum("c,bchw->bhw", model.last.weight[0, :, 0, 0], total.clamp(min=0)) + model.last.bias
+    torch.testing.assert_close(model.outputs(batch)[0], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_metrics_are_those_of_a_loop_over_pixels() -> None:
     rng = np.random.default_rng(0)
     depths = np.where(rng.random((5, 6, 7)) < 0.6, 1.0, rng.uniform(0.5, 0.95, (5, 6, 7))).astype(np.float32)
@@ -174,7 +191,7 @@ def test_seeds_give_a_mean_and_an_interval() -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     # Not Adam, which turns gradients that are zero but for rounding into steps of full length.
-    run = _run(head="mlp", augmentation=Augmentation(flip=True), schedule=Schedule(3, 4, 0.01))
+    run = _run(head="skips", augmentation=Augmentation(flip=True), schedule=Schedule(3, 4, 0.01))
     one, two = run_once(run), run_in_two_processes(run, tmp_path)
     np.testing.assert_allclose(two.losses, one.losses, rtol=1e-4)
     for name in ("pixels", "pixels_object", "squared", "examples", "example_depths"):
@@ -212,13 +229,16 @@ def test_resized_images_and_few_labels() -> None:
 
 def test_the_papers_recipe() -> None:
     made = depth.problem(DepthConfig(recipe="newell_deng", num_labels=1000))
-    assert (made.schedule.iterations, made.schedule.batch_size, made.resolution) == (31_400, 64, "map")
+    assert (made.schedule.iterations, made.schedule.batch_size) == (31_400, 64)
+    assert (made.head, made.resolution) == ("linear", "map")
+    ours = depth.problem(DepthConfig())
+    assert (ours.head, ours.resolution) == ("skips", "image")
     assert not made.augmentation.crop
     assert depth.protocol(DepthConfig(recipe="newell_deng"), "test")["schedule"]["optimizer"] == "adam"
 
 
 def test_bad_options_and_missing_targets_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"head='deep'.*allowed: head linear or mlp"):
+    with pytest.raises(ValueError, match=r"head='deep'.*allowed: head auto, linear, mlp, skips"):
         depth.check(DepthConfig(head="deep"), "val", COUNTS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"depth got num_labels=99, but there are 24 training images"):
         depth.check(replace(DepthConfig(), num_labels=99), "val", COUNTS)
