@@ -6,8 +6,8 @@ largest depth. Choices where the reference is unclear, or not to be followed:
 
 - Scale and background are the largest depth of all training images: the reference divides by 25 and takes the largest
   depth of the batch, which depends on what else is in it.
-- The recipe "newell_deng" has the linear head. The reference trains a linear and an MLP head; ``tasks/depth.py`` indexes
-  the model's output in a way that the released model does not return, so it cannot say which of them was reported.
+- The recipe "newell_deng" has the linear head. The reference trains a linear and an MLP head; ``tasks/depth.py`` reads
+  an entry of the output that the released model does not return, so it cannot say which of them was reported.
 - The recipe "rendered" adds maps of finer stages. The paper's network is dilated to stride 8; a map of 2 x 2, which is
   what a network of stride 32 leaves of 64 px, cannot say where the object is.
 - A prediction of 0 or less is wrong; in the reference two negative ratios count as right.

@@ -107,9 +107,8 @@ def test_skips_are_the_sum_of_upsampled_maps_of_strides_from_four_on() -> None:
     coarse = third(fine)
     assert (fine.shape[-1], coarse.shape[-1]) == (8, 4)
     total = torch.zeros(2, 128, 8, 8)
-    for found, (conv, norm) in zip(
-        (fine, torch.nn.Upsample(size=8, mode="bilinear")(coarse)), model.hidden.projections
-    ):
+    maps = (fine, torch.nn.Upsample(size=8, mode="bilinear")(coarse))
+    for found, (conv, norm) in zip(maps, model.hidden.projections, strict=True):
         total += torch.einsum("oc,bchw->bohw", conv.weight[:, :, 0, 0], found) / (1 + norm.eps) ** 0.5
     expected = torch.einsum("c,bchw->bhw", model.last.weight[0, :, 0, 0], total.clamp(min=0)) + model.last.bias
     torch.testing.assert_close(model.outputs(batch)[0], expected, atol=1e-5, rtol=1e-5)
