@@ -11,7 +11,6 @@ here; k = 1 (the stem alone) it does not have. Its BatchNorm statistics move in 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -39,7 +38,7 @@ from evaluation.metric import (
     accuracy_metric,
     mean_interval,
 )
-from evaluation.pose import PoseConfig
+from evaluation.pose import PoseConfig, check_poses
 from image_data.prepared import PreparedData
 
 __all__ = [
@@ -174,7 +173,7 @@ def check(config: LayerFreezingConfig, phase: Phase, class_counts: ClassCounts) 
 def check_data(config: LayerFreezingConfig, phase: Phase, data: PreparedData) -> None:
     """DataError where the data have no such target."""
     if config.target == "pose":  # classification takes the class where there is no coarse one
-        check_column(TASK, "pose", data, splits(config, phase))
+        check_poses(TASK, phase, data)
 
 
 def evaluate(config: LayerFreezingConfig, context: EvaluationContext) -> Iterator[Output]:
@@ -194,8 +193,6 @@ def evaluate(config: LayerFreezingConfig, context: EvaluationContext) -> Iterato
     runs = [Run(f"k{k}-n{n}-seed{seed}", TASK, problem(config, k, n), context.phase, seed) for k, n, seed in keys]
     found: dict[Cell, dict[int, Predictions]] = {}
     for position, result in context.fine_tuning.run(runs, spread=True):
-        if not found:
-            _warn_of_one_class(config, result.last["truth"])
         k, n, seed = keys[position]
         cell = found.setdefault((k, n), {})
         cell[seed] = result.last
@@ -205,16 +202,6 @@ def evaluate(config: LayerFreezingConfig, context: EvaluationContext) -> Iterato
     yield Samples(f"{TASK}/top1", values)
     available = train_table(context.fine_tuning.data(TASK), context.phase).num_images
     yield Artifact(f"{TASK}/frozen_stages.png", _plot(config, values, available))
-
-
-def _warn_of_one_class(config: LayerFreezingConfig, truth: np.ndarray) -> None:
-    if (truth == truth[0]).all():
-        warnings.warn(
-            f"{TASK}: all {len(truth):,} scored images have the same {config.target}, so that any model is right. "
-            "Rendered images vary in pose where the third of their factors is 1, such as factors=0010.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
 
 def _in_order(by_seed: Mapping[int, Predictions]) -> list[Predictions]:

@@ -18,17 +18,19 @@ from evaluation.classification import (
     class_schedule,
     main_value,
 )
-from evaluation.fine_tuning import Freezing, task_splits
+from evaluation.fine_tuning import Freezing, scored_table, task_splits, train_table
 from evaluation.fine_tuning_images import Augmentation
 from evaluation.fine_tuning_runs import Recipe, check_column, check_options, check_recipe, curve_iterations
 from evaluation.metric import Artifact, ClassCounts, EvaluationContext, Metric, ModelResult, Output, Phase
 from evaluation.paired import compare_samples
+from image_data.contracts import DataError
 from image_data.prepared import PreparedData
 
 __all__ = [
     "PoseConfig",
     "check",
     "check_data",
+    "check_poses",
     "compare",
     "evaluate",
     "main_value",
@@ -109,8 +111,27 @@ def check(config: PoseConfig, phase: Phase, class_counts: ClassCounts) -> None:
 
 
 def check_data(config: PoseConfig, phase: Phase, data: PreparedData) -> None:
-    """DataError where the data has no poses."""
-    check_column("pose", "pose", data, splits(config, phase))
+    """DataError where the data has no poses, or one pose only."""
+    check_poses("pose", phase, data)
+
+
+def check_poses(task: str, phase: Phase, data: PreparedData) -> None:
+    """DataError where the data has no poses, or where any model is right because all are the same.
+
+    Args:
+        task: named in the message.
+        phase: of the task.
+        data: that it trains on and scores.
+    """
+    check_column(task, "pose", data, task_splits(phase))
+    for split, table in (("train", train_table(data, phase)), (phase, scored_table(data, phase))):
+        poses = table.column("pose")
+        if len(set(poses)) == 1:
+            raise DataError(
+                f"{task}: all {len(poses):,} images of split {split!r} have the same pose, so that any model is right. "
+                "Rendered images vary in pose where the third of their factors is 1: give --task-data "
+                f"'{task}=rendered:?factors=0110', or leave the task {task} out."
+            )
 
 
 def evaluate(config: PoseConfig, context: EvaluationContext) -> Iterator[Output]:

@@ -174,8 +174,11 @@ def check(config: UtilityConfig, phase: Phase, class_counts: ClassCounts) -> Non
 
 
 def check_data(config: UtilityConfig, phase: Phase, data: PreparedData) -> None:
-    """DataError where the images lack the target's column."""
-    _TARGETS[config.target][0].check_data(_target_config(config, 0), phase, data)
+    """DataError where the images lack the target's column, or all have the same pose."""
+    if config.target == "pose":
+        pose.check_poses("utility", phase, data)
+    else:
+        _TARGETS[config.target][0].check_data(_target_config(config, 0), phase, data)
 
 
 def evaluate(config: UtilityConfig, context: EvaluationContext) -> Iterator[Output]:

@@ -11,6 +11,8 @@ mean. Where that code is inconsistent with the formula, this one is not:
   utility near -1 that pulls the mean of good runs down.
 * the end of its curve stores n_hat / n without the "- 1"; here "- 1" is subtracted everywhere.
 * a run below the first scratch mean is censored too: n_hat is at most the smallest n (the reference: 0, so U = -1).
+* where the scratch curve is flat at y (both at 100 %), every n of the flat part solves a(n_hat) = y, and the one nearest
+  to n is taken: U = 0 where both are equally good with n labels.
 
 Every point carries its status; a censored mean is a bound, has no interval, and says so.
 """
@@ -79,12 +81,13 @@ def scratch_curve(accuracies: np.ndarray, monotone: bool = False) -> np.ndarray:
 
 
 def labels_worth(
-    value: float, counts: np.ndarray, curve: np.ndarray, interpolation: Interpolation = "linear"
+    value: float, n: float, counts: np.ndarray, curve: np.ndarray, interpolation: Interpolation = "linear"
 ) -> LabelsWorth:
     """n_hat of one accuracy.
 
     Args:
         value: accuracy of one fine-tuned run.
+        n: labels that it was fine-tuned with; decides where the curve is flat at ``value``.
         counts: (L,), ascending label counts of the scratch curve.
         curve: (L,), its accuracies; where it falls and rises again, the first crossing counts.
         interpolation: between two counts linear in n, or in log n.
@@ -101,8 +104,9 @@ def labels_worth(
     if not len(reached):
         return LabelsWorth(float(counts[-1]), "above_range")
     upper = int(reached[0])
-    if upper == 0:
-        return LabelsWorth(float(counts[0]), "ok")
+    if curve[upper] == value:
+        last = upper + int(np.argmin(np.append(curve[upper:] == value, False))) - 1  # of the flat part
+        return LabelsWorth(float(np.clip(n, counts[upper], counts[last])), "ok")
     share = (value - curve[upper - 1]) / (curve[upper] - curve[upper - 1])
     low, high = counts[upper - 1], counts[upper]
     if interpolation == "log":
@@ -129,7 +133,7 @@ def utility_points(
     curve = scratch_curve(scratch, monotone)
     points = []
     for n, values in zip(np.asarray(counts).tolist(), finetuned, strict=True):
-        runs = tuple(labels_worth(float(value), counts, curve, interpolation) for value in values)
+        runs = tuple(labels_worth(float(value), n, counts, curve, interpolation) for value in values)
         utilities = np.array([run.n_hat / n - 1 for run in runs])
         found: list[Status] = sorted({run.status for run in runs if run.status != "ok"})
         status: Status = "mixed" if len(found) > 1 else found[0] if found else "ok"

@@ -14,7 +14,8 @@ from evaluation import TASKS
 from image_data.layouts import LAYOUTS, open_layout
 from image_data.prepare import DataConfig, prepare
 from image_data.prepared import PreparedData
-from image_data.uri import parse_uri
+from image_data.rendered.dataset import RenderedOptions
+from image_data.uri import available_cpus, parse_uri
 from rayjobs.checkpoint import load_config, local_directory
 from rayjobs.configs import PretrainConfig, TrainConfig
 from rayjobs.fine_tuning_runs import weights_hash
@@ -48,7 +49,8 @@ class EvaluateConfig:
         use_gpu: extract features and fine-tune on GPUs.
         num_workers: workers of a fine-tuning run (or small runs at once), feature-extraction actors when the images are
             streamed by Ray Data, and inversion tasks at once.
-        cpus_per_worker: CPU cores per worker or actor (or threads of this process).
+        cpus_per_worker: CPU cores per worker or actor (or threads of this process); 0 takes 1, and all cores of this
+            machine for what one process does here.
         stream: memory, ray (Ray Data actor pool) or auto, as in pretraining.
         seed: seed of task lists and solvers; keep it the same for models that you compare.
         output: folder of result.json, plots and samples, one sub-folder per checkpoint. A finished evaluation that is
@@ -69,7 +71,7 @@ class EvaluateConfig:
     fine_tune_on: Literal["auto", "here", "cluster"] = "auto"
     use_gpu: bool = False
     num_workers: int = 1
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: float = 0.0
     stream: Literal["auto", "memory", "ray"] = "auto"
     seed: int = 0
     output: str = ""
@@ -165,10 +167,10 @@ def prepare_evaluation(config: EvaluateConfig, log: Callable[[str], None]) -> Ev
             prepared[_data_key(chosen)] = prepare(chosen, log=log)
     data = [prepared[_data_key(chosen)] for chosen in data_configs]
     left_out: dict[str, str] = {}
-    wanted = config.tasks or _default_suite(config, data, left_out)
+    wanted, own_images = (config.tasks, config.task_data) if config.tasks else _default_suite(config, data, left_out)
     tasks = chosen_tasks(wanted, config.options)
     domains = _domains(config, tasks, log)
-    task_data = prepare_task_data(config.task_data, tasks, data_configs[0], log)
+    task_data = prepare_task_data(own_images, tasks, data_configs[0], log)
     models = []
     for i, (pretrain, record, weights) in enumerate(found):
         check_task_data(tasks, [config.phase], data[i], task_data)
@@ -191,9 +193,16 @@ def _data_key(config: DataConfig) -> str:
     return json.dumps(asdict(config), sort_keys=True, default=str)
 
 
-def _default_suite(config: EvaluateConfig, data: Sequence[PreparedData], left_out: dict[str, str]) -> tuple[str, ...]:
-    """The usual frozen tasks, and the fine-tuning tasks that the data have targets for; notes why others are not."""
-    given = {item.partition("=")[0] for item in config.task_data}
+def _default_suite(
+    config: EvaluateConfig, data: Sequence[PreparedData], left_out: dict[str, str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The usual frozen tasks and the fine-tuning tasks that the data allow, and TASK=URI of the tasks' own images.
+
+    Notes why other tasks are left out. Pose gets rendered images of varying viewpoint where the checkpoint's are
+    rendered ones of a fixed viewpoint, as the default images are.
+    """
+    own_images = list(config.task_data)
+    given = {item.partition("=")[0] for item in own_images}
     for name in DOWNSTREAM_SUITE:
         if name in given:
             continue  # it has images of its own
@@ -201,8 +210,23 @@ def _default_suite(config: EvaluateConfig, data: Sequence[PreparedData], left_ou
             for own in data:
                 check_task(name, getattr(config.options, name), config.phase, own)
         except ValueError as error:
-            left_out[name] = str(error)
-    return (*DEFAULT_FROZEN, *(name for name in DOWNSTREAM_SUITE if name not in left_out))
+            turned = _turned(data) if name == "pose" else ""
+            if turned:
+                own_images.append(f"pose={turned}")
+            else:
+                left_out[name] = str(error)
+    return (*DEFAULT_FROZEN, *(name for name in DOWNSTREAM_SUITE if name not in left_out)), tuple(own_images)
+
+
+def _turned(data: Sequence[PreparedData]) -> str:
+    """The rendered images of the (first) checkpoint with the viewpoint varying too; "" where none are rendered."""
+    source = data[0].source
+    if len(source) != 1 or not source[0].startswith("rendered:"):
+        return ""
+    uri = parse_uri(source[0])
+    texture, color, _, light = uri.query.get("factors", RenderedOptions.factors)
+    query = {**uri.query, "factors": f"{texture}{color}1{light}"}
+    return "rendered:?" + "&".join(f"{key}={value}" for key, value in query.items())
 
 
 def _names(config: EvaluateConfig) -> tuple[str, ...]:
@@ -262,9 +286,15 @@ def _settings(config: EvaluateConfig, pretrain: PretrainConfig) -> TrainConfig:
         image_size=config.image_size or pretrain.train.image_size,
         use_gpu=config.use_gpu,
         num_workers=config.num_workers,
-        cpus_per_worker=config.cpus_per_worker,
+        cpus_per_worker=config.cpus_per_worker or _default_cpus(config),
         stream=config.stream,
     )
+
+
+def _default_cpus(config: EvaluateConfig) -> float:
+    """All cores where this process does everything by itself."""
+    clustered = config.num_workers > 1 or config.fine_tune_on == "cluster" or config.stream == "ray"
+    return 1.0 if clustered or os.environ.get("RAY_ADDRESS") else float(available_cpus())
 
 
 def _key(

@@ -206,7 +206,7 @@ def _helpers(setup: EvaluateSetup, directory: str, on_cluster: bool, console: Co
     from rayjobs.inversion_tasks import invert_on_cluster
 
     config = setup.config
-    resources = {"num_cpus": config.cpus_per_worker, "num_gpus": float(config.use_gpu)}
+    resources = {"num_cpus": setup.models[0].settings.cpus_per_worker, "num_gpus": float(config.use_gpu)}
     return {
         "on_progress": say,
         "inversion_executor": partial(invert_on_cluster, directory, on_progress=say, **resources),

@@ -126,7 +126,7 @@ def _decayed(schedule: Schedule, iteration: int) -> float:
 def build_optimizer(schedule: Schedule, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimiser over parameter groups with optional "lr_scale" and "weight_decay"."""
     groups = [{"lr_scale": 1.0, **group} for group in groups]
-    common: dict[str, Any] = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
+    common: dict[str, Any] = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay, "fused": True}
     if schedule.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=schedule.momentum, nesterov=schedule.nesterov, **common)
     kind = torch.optim.Adam if schedule.optimizer == "adam" else torch.optim.AdamW

@@ -196,17 +196,6 @@ def test_the_plot_is_a_picture(labels: tuple[int, ...], seeds: int) -> None:
     assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
 
 
-def test_one_pose_for_all_images_is_warned_about() -> None:
-    context = _planted_context([])
-    assert context.fine_tuning is not None
-    result = FineTuneResult({2: {"predicted": np.zeros(4), "truth": np.zeros(4)}})
-    same = replace(context.fine_tuning, run=lambda runs, spread: ((i, result) for i in range(len(runs))))
-    with pytest.warns(RuntimeWarning, match=r"all 4 scored images have the same pose"):
-        outputs = list(layer_freezing.evaluate(LayerFreezingConfig("pose"), replace(context, fine_tuning=same)))
-    drop = _metrics(outputs)["layer_freezing/drop_all"]
-    assert (drop.value, drop.ci95) == (0, None)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -61,9 +61,9 @@ def test_evaluation_yields_its_metric_and_images() -> None:
     assert correct.values.mean() == pytest.approx(metric.value)
 
 
-def test_images_of_one_pose_are_warned_about() -> None:
-    with pytest.warns(RuntimeWarning, match=r"all 12 scored images have the same pose.*factors=0010"):
-        list(pose.evaluate(CONFIG, fine_tuning_context("test")))
+def test_images_of_one_pose_are_refused() -> None:
+    with pytest.raises(DataError, match=r"all 36 images of split 'train' have the same pose.*factors=0110"):
+        pose.check_data(CONFIG, "test", rendered_data(URI.replace("0010", "0100")))
 
 
 def test_few_labels_are_even_over_poses() -> None:

@@ -55,7 +55,7 @@ def test_every_target_trains_the_whole_grid(target: Any) -> None:
     counts = np.array([6, 12])
     scratch = np.array([metrics[f"utility/scratch_n{n}"] for n in counts])
     for n in counts:
-        worth = labels_worth(metrics[f"utility/finetuned_n{n}"], counts, scratch)
+        worth = labels_worth(metrics[f"utility/finetuned_n{n}"], n, counts, scratch)
         assert metrics[f"utility/u_n{n}"] == pytest.approx(worth.n_hat / n - 1)
 
 

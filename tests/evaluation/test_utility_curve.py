@@ -24,22 +24,32 @@ CURVE = np.array([20.0, 30.0, 50.0, 60.0])
     ],
 )
 def test_by_hand(value: float, n_hat: float, status: str) -> None:
-    found = labels_worth(value, COUNTS, CURVE)
+    found = labels_worth(value, 100, COUNTS, CURVE)
     assert found.n_hat == pytest.approx(n_hat)
     assert found.status == status
 
 
 def test_logarithmic_interpolation() -> None:
-    assert labels_worth(40.0, COUNTS, CURVE, "log").n_hat == pytest.approx(200 * 2**0.5)
+    assert labels_worth(40.0, 100, COUNTS, CURVE, "log").n_hat == pytest.approx(200 * 2**0.5)
 
 
 def test_a_curve_that_falls_counts_its_first_crossing_and_isotonic_means_never_fall() -> None:
     falling = np.array([20.0, 40.0, 30.0, 60.0])
-    assert labels_worth(35.0, COUNTS, falling).n_hat == pytest.approx(175.0)
-    assert labels_worth(50.0, COUNTS, falling).n_hat == pytest.approx(400 + 400 * 20 / 30)
+    assert labels_worth(35.0, 100, COUNTS, falling).n_hat == pytest.approx(175.0)
+    assert labels_worth(50.0, 100, COUNTS, falling).n_hat == pytest.approx(400 + 400 * 20 / 30)
     np.testing.assert_allclose(scratch_curve(falling[:, None], monotone=True), [20, 35, 35, 60])
+
+
+@pytest.mark.parametrize(("n", "n_hat"), [(100, 200.0), (200, 200.0), (300, 300.0), (400, 400.0), (800, 400.0)])
+def test_where_the_curve_is_flat_the_solution_nearest_to_n_counts(n: int, n_hat: float) -> None:
     flat = np.array([20.0, 30.0, 30.0, 60.0])
-    assert labels_worth(30.0, COUNTS, flat).n_hat == 200.0
+    assert labels_worth(30.0, n, COUNTS, flat) == (n_hat, "ok")
+
+
+def test_nothing_is_gained_or_lost_where_both_are_always_right() -> None:
+    """Not -1 + n_1 / n, which the first n that reaches 100 % would give."""
+    points = utility_points(COUNTS, np.full((4, 2), 100.0), np.full((4, 2), 100.0))
+    assert [(point.utility, point.half_width, point.status) for point in points] == [(0.0, 0.0, "ok")] * 4
 
 
 def test_against_a_slow_search() -> None:
@@ -51,7 +61,7 @@ def test_against_a_slow_search() -> None:
         value = rng.uniform(curve[0], curve.max())
         grid = np.linspace(counts[0], counts[-1], 400_001)
         expected = grid[np.argmax(np.interp(grid, counts, curve) >= value - 1e-9)]
-        assert labels_worth(float(value), counts, curve).n_hat == pytest.approx(expected, abs=2e-3)
+        assert labels_worth(float(value), 100, counts, curve).n_hat == pytest.approx(expected, abs=2e-3)
 
 
 def test_utility_is_computed_per_run_and_then_averaged() -> None:
@@ -89,4 +99,4 @@ def test_statuses_of_several_runs() -> None:
 
 def test_counts_must_ascend() -> None:
     with pytest.raises(ValueError, match="must ascend"):
-        labels_worth(30.0, COUNTS[::-1], CURVE)
+        labels_worth(30.0, 100, COUNTS[::-1], CURVE)

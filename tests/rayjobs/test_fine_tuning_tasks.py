@@ -51,9 +51,12 @@ def _setup(**fields):
 
 def test_without_tasks_all_that_the_data_have_targets_for_are_measured(checkpoint, image_folder):
     uri = "rendered:?image_size=32&instances=1,1,1&held_out_instances=20&images_per_instance=1&classes=25"
-    setup = _setup(data=DataConfig((uri,)))
+    setup = _setup(data=DataConfig((f"{uri}&factors=1010",)))
     assert {"linear", "few_shot", "pose", "segmentation", "landmarks", "classification"} <= set(setup.tasks)
     assert set(setup.left_out) <= {"detection"}  # where detectron2 is missing
+    assert not setup.task_data
+    setup = _setup(data=DataConfig((f"{uri}&factors=1000",)))
+    assert setup.task_data["pose"].prepared.source == (f"train={uri}&factors=1010",)
     plain = DataConfig((f"folder:{image_folder}",), class_split=(0.4, 0.3, 0.3))
     setup = _setup(data=plain)
     assert set(setup.left_out) == set(DOWNSTREAM_SUITE) - {"classification", "utility"}

@@ -29,7 +29,7 @@ __all__ = [
     "tiny_backbone",
 ]
 
-URI = "rendered:?image_size=32&instances=2,1,1&held_out_instances=1&images_per_instance=1&classes=20"
+URI = "rendered:?image_size=32&instances=2,1,1&held_out_instances=1&images_per_instance=1&classes=20&factors=0110"
 
 
 @functools.cache
