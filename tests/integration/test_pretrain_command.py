@@ -59,13 +59,15 @@ def test_evaluate_writes_metrics_protocol_and_record(head, images, tmp_path):
     random = ["--method", "moco_v2", *data, "--epochs", "0", "--output", str(tmp_path / "random")]
     run("pretrain", random, variables, tmp_path / "pretrain.log")
     arguments = ["--checkpoint", str(tmp_path / "random"), "--json"]
-    run("evaluate", [*arguments, str(tmp_path / "memory.json")], variables, tmp_path / "evaluate.log")
+    few = ["--classification.iterations", "4", "--utility.iterations", "2", "--utility.labels", "20", "80"]
+    run("evaluate", [*arguments, str(tmp_path / "memory.json"), *few], variables, tmp_path / "evaluate.log")
     streamed = [*arguments, str(tmp_path / "ray.json"), "--stream", "ray", "--tasks", "few_shot", "knn"]
     run("evaluate", streamed, variables, tmp_path / "streamed.log")
     result, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("memory", "ray"))
     assert {"metrics", "protocol", "record"} <= set(result)
     names = {"linear/top1", "knn/top1", "few_shot/5way_1shot_acc", "few_shot/5way_5shot_acc", "entropy/h_r"}
-    assert names | {"uniformity/normalized", "uniformity/raw"} <= set(result["metrics"])
+    names |= {"uniformity/normalized", "uniformity/raw", "classification/top1", "utility/u_n20"}
+    assert names <= set(result["metrics"])
     assert set(result["metrics"]["knn/top1"]) == {"value", "ci95", "n"}
     assert result["protocol"]["few_shot"]["split"] == "novel_classes"
     assert result["record"]["data"]["rule"]
