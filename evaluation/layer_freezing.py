@@ -25,7 +25,7 @@ from evaluation.classification import (
     main_value,
 )
 from evaluation.fine_tuning import Freezing, Predictions, Run, task_splits, train_splits, train_table
-from evaluation.fine_tuning_runs import Recipe, check_column, check_options, check_recipe, over_seeds
+from evaluation.fine_tuning_runs import Recipe, check_options, check_recipe, over_seeds
 from evaluation.intervals import mean_and_half_width
 from evaluation.metric import (
     Artifact,

@@ -11,8 +11,8 @@ mean. Where that code is inconsistent with the formula, this one is not:
   utility near -1 that pulls the mean of good runs down.
 * the end of its curve stores n_hat / n without the "- 1"; here "- 1" is subtracted everywhere.
 * a run below the first scratch mean is censored too: n_hat is at most the smallest n (the reference: 0, so U = -1).
-* where the scratch curve is flat at y (both at 100 %), every n of the flat part solves a(n_hat) = y, and the one nearest
-  to n is taken: U = 0 where both are equally good with n labels.
+* where the scratch curve is flat at y (both at 100 %), every n of the flat part solves a(n_hat) = y, and the one
+  nearest to n is taken: U = 0 where both are equally good with n labels.
 
 Every point carries its status; a censored mean is a bound, has no interval, and says so.
 """
