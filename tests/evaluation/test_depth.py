@@ -21,6 +21,7 @@ from evaluation.fine_tuning_images import Augmentation
 from evaluation.metric import Artifact, Metric, Samples
 from image_data.contracts import DataError
 from tests.evaluation.fine_tuning.samples import (
+    check_gradients,
     fine_tuning_context,
     rendered_data,
     resumed,
@@ -192,6 +193,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     # Not Adam, which turns gradients that are zero but for rounding into steps of full length.
     run = _run(head="skips", augmentation=Augmentation(flip=True), schedule=Schedule(3, 4, 0.01))
     one, two = run_once(run), run_in_two_processes(run, tmp_path)
+    check_gradients(one, two)
     np.testing.assert_allclose(two.losses, one.losses, rtol=1e-4)
     for name in ("pixels", "pixels_object", "squared", "examples", "example_depths"):
         np.testing.assert_allclose(two.last[name], one.last[name], rtol=1e-3, err_msg=name)

@@ -24,6 +24,7 @@ from image_data.contracts import IMAGENET_MEAN, IMAGENET_STD, DataError
 from image_data.prepare import DataConfig, prepare
 from image_data.prepared import PreparedData
 from tests.evaluation.fine_tuning.samples import (
+    check_gradients,
     fine_tuning_context,
     rendered_data,
     resumed,
@@ -127,6 +128,7 @@ def _run_of(config: ClassificationConfig, seed: int) -> Run:
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     run = _run(augmentation=Augmentation(flip=True, crop=True))
     one, two = run_once(run), run_in_two_processes(run, tmp_path)
+    check_gradients(one, two)
     np.testing.assert_allclose(two.losses, one.losses, rtol=2e-4)
     np.testing.assert_array_equal(two.last["truth"], one.last["truth"])
     np.testing.assert_array_equal(two.last["predicted"], one.last["predicted"])

@@ -30,6 +30,7 @@ from image_data.contracts import DataError
 from image_data.prepare import DataConfig, prepare
 from methods.backbones import build_backbone
 from tests.evaluation.fine_tuning.samples import (
+    check_gradients,
     fine_tuning_context,
     rendered_data,
     resumed,
@@ -236,7 +237,9 @@ def test_malformed_points_are_named() -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Half of the points are hidden, so the workers have different numbers of them; BatchNorm included."""
-    one, two = run_once(RUN), run_in_two_processes(RUN, tmp_path)
+    run = replace(RUN, seed=1)  # with seed 0 an activation is so near a ReLU's kink that rounding decides its gradient
+    one, two = run_once(run), run_in_two_processes(run, tmp_path)
+    check_gradients(one, two)
     np.testing.assert_allclose(two.losses, one.losses, rtol=2e-4)
     np.testing.assert_allclose(two.last["points"], one.last["points"], atol=2e-2)
 

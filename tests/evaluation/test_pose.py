@@ -16,6 +16,7 @@ from evaluation.metric import Metric, Samples
 from evaluation.pose import PoseConfig
 from image_data.contracts import DataError
 from tests.evaluation.fine_tuning.samples import (
+    check_gradients,
     fine_tuning_context,
     rendered_data,
     resumed,
@@ -78,6 +79,7 @@ def test_two_processes_equal_one_and_resuming_changes_nothing(tmp_path: Path) ->
     data = rendered_data(URI)
     one = run_once(_run(), data)
     two, again = run_in_two_processes(_run(), tmp_path, data), resumed(_run(), tmp_path / "run", 1, data)
+    check_gradients(one, two)
     np.testing.assert_allclose(two.losses, one.losses, rtol=2e-4)
     np.testing.assert_array_equal(two.last["predicted"], one.last["predicted"])
     np.testing.assert_array_equal(again.losses, one.losses)

@@ -23,6 +23,7 @@ from evaluation.metric import Artifact, Metric, Samples
 from image_data.contracts import DataError
 from tests.evaluation.detection.detectors import TINY, run_of, shapes, trainee_of
 from tests.evaluation.fine_tuning.samples import (
+    check_gradients,
     fine_tuning_context,
     rendered_data,
     resumed,
@@ -98,6 +99,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     run = run_of(replace(TINY, masks="yes"))
     one, two = run_once(run), run_in_two_processes(run, tmp_path)
+    check_gradients(one, two)
     np.testing.assert_allclose(two.losses, one.losses, rtol=1e-4)
     ours, theirs = one.last["detections"], two.last["detections"]
     assert len(ours) == len(theirs)

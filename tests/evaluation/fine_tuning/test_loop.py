@@ -15,7 +15,7 @@ from torch import nn
 from evaluation.fine_tuning import Draw, Freezing, Run, Schedule, scored_table, train_table
 from evaluation.fine_tuning.loop import FineTuningDiverged, draws
 from evaluation.fine_tuning.normalize import share_of_mean
-from tests.evaluation.fine_tuning.samples import resumed, run_in_two_processes, run_once, tiny_backbone
+from tests.evaluation.fine_tuning.samples import check_gradients, resumed, run_in_two_processes, run_once, tiny_backbone
 
 
 class _Model(nn.Module):
@@ -84,6 +84,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     # Few iterations: through max-pooling a rounding error of 1e-7 becomes one of 1e-3 within ten.
     run = replace(RUN, problem=_Problem(Schedule(3, 4, 0.01, clip_norm=5.0), evaluate_at=()))
     one, two = run_once(run), run_in_two_processes(run, tmp_path)
+    check_gradients(one, two)
     np.testing.assert_allclose(two.losses, one.losses, rtol=2e-5)
     np.testing.assert_allclose(two.last["colors"], one.last["colors"], atol=2e-4)
     assert two.last["rows"].tolist() == one.last["rows"].tolist()

@@ -20,6 +20,7 @@ from evaluation.segmentation.metric import IGNORED, score
 from evaluation.segmentation.problem import RECIPES, SegmentationProblem, example_rows
 from methods.backbones import ResNet9
 from tests.evaluation.fine_tuning.samples import (
+    check_gradients,
     rendered_data,
     resumed,
     run_in_two_processes,
@@ -48,6 +49,7 @@ def test_it_learns_the_parts_of_a_street() -> None:
 def test_two_processes_equal_one(recipe: Any, tmp_path: Path) -> None:
     run = replace(RUN, problem=replace(TINY, recipe=recipe))
     one, two = run_once(run), run_in_two_processes(run, tmp_path)
+    check_gradients(one, two)
     np.testing.assert_allclose(two.losses, one.losses, rtol=1e-4)
     assert one.last["confusion"].shape == (12, 11, 11)
     # A pixel between two classes may fall to either side.
