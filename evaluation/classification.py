@@ -91,8 +91,8 @@ class ClassificationConfig:
 
     Attributes:
         target: what is predicted: the coarse class, the class ("label"), or "auto": coarse where the data has it.
-        recipe: "rendered": Adam 1e-3 with cosine decay, 200 iterations of 32 images, flips and crops: about three
-            minutes for ResNet-9 with the ImageNet stem at 64 px on two idle cores. "newell_deng": the paper's, for a
+        recipe: "rendered": Adam 1e-3 with cosine decay, 200 iterations of 32 images, flips and crops: about a
+            minute for ResNet-9 with the ImageNet stem at 64 px on two idle cores. "newell_deng": the paper's, for a
             GPU: batches of 512, 4,000 iterations for fewer than 20,000 labels, all of its augmentations.
         iterations: optimiser steps; 0 is the recipe's number.
         batch_size: images per step, over all workers; 0 is the recipe's. Another one scales learning rate and

@@ -99,7 +99,7 @@ class DepthConfig:
     """Fine-tuning for depth.
 
     Attributes:
-        recipe: "rendered": Adam 1e-3 with cosine decay, 200 iterations of 32 images, flips: about three minutes for
+        recipe: "rendered": Adam 1e-3 with cosine decay, 200 iterations of 32 images, flips: about a minute for
             ResNet-9 with the ImageNet stem at 64 px on two idle cores. "newell_deng": the paper's, for a GPU: batches
             of 64, 31,400 iterations for fewer than 20,000 labels, flips, colour jitter and grayscale, scored at the
             map's resolution.

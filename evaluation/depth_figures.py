@@ -38,7 +38,7 @@ def example_sheet(images: Sequence[np.ndarray], depths: np.ndarray, predicted: n
         axes[row][0].set_ylabel(label)
     if shown is not None:
         figure.colorbar(shown, ax=axes[1:, :], label="depth / largest depth", fraction=0.05)
-    figure.suptitle("depth of the first scored images", fontsize="medium")
+    figure.suptitle("Depth of the first scored images", fontsize="medium")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140)
     plt.close(figure)

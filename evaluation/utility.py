@@ -139,7 +139,8 @@ def protocol(config: UtilityConfig, phase: Phase) -> dict[str, Any]:
             for n in config.labels or (NEWELL_DENG_LABELS if config.recipe == "newell_deng" else (0,))
         },
         "metric": "mean_log2: mean over label counts of log2(n_hat / n) (ours; runs out of range count with their "
-        "bound); mean_gain: mean accuracy difference in points; u_n<count>: n_hat / n - 1",
+        "bound); mean_gain: mean accuracy difference in points; u_n<count>: n_hat / n - 1; censored: percentage of "
+        "fine-tuned runs outside the range of the scratch curve, whose utility is a bound",
         "scratch_curve": "isotonic regression of the means" if config.monotone else "mean over runs per label count",
         "interpolation": f"{config.interpolation} between the first mean that reaches the accuracy and the one before",
         "reported": "last iteration",
@@ -204,6 +205,8 @@ def evaluate(config: UtilityConfig, context: EvaluationContext) -> Iterator[Outp
     doublings = [[math.log2(run.n_hat / point.n) for run in point.runs] for point in points]
     yield Metric("utility/mean_log2", float(np.mean(doublings)))
     yield Metric("utility/mean_gain", float((finetuned.mean(1) - scratch.mean(1)).mean()))
+    outside = [run.status != "ok" for point in points for run in point.runs]
+    yield Metric("utility/censored", 100.0 * float(np.mean(outside)))
     yield Samples("utility/mean_log2", np.mean(doublings, axis=1))
     yield Artifact("utility/utility.json", _record(config, scratch, finetuned, points))
     from evaluation.utility_figures import utility_plot

@@ -41,8 +41,9 @@ def utility_plot(target: str, scratch: np.ndarray, finetuned: np.ndarray, points
         mean, half = values.mean(1), _half_widths(values)
         left.fill_between(counts, mean - half, mean + half, alpha=0.2, linewidth=0, color=color)
         left.plot(counts, mean, marker="o", markersize=4, color=color, label=label)
-    left.set(ylabel="accuracy (%)")
-    left.legend(frameon=False, fontsize="small")
+    low, high = left.get_ylim()
+    left.set(ylabel="accuracy (%)", ylim=(max(low, -2.0), min(high, 102.0)))
+    _legend(left)
     left.set_title(f"{target}: accuracy against labels\n{_runs_note(scratch.shape[1])}", fontsize="medium")
     _utilities(right, counts, points)
     for axis in (left, right):
@@ -71,11 +72,18 @@ def _utilities(axis: Any, counts: np.ndarray, points: Sequence[UtilityPoint]) ->
             style: dict[str, Any] = {"marker": mark, "markersize": 6, "linestyle": "none", "capsize": 3}
             axis.errorbar(counts[own], values[own], halves, color="#1f77b4", label=label, **style)
     axis.axhline(0, color="black", linewidth=0.8)
-    top = max(float(values.max()), 0.5)
-    axis.set_ylim(min(float(values.min()), 0.0) - 0.25, 1.35 * top + 0.4)
-    axis.set(ylabel="utility U(n)")
+    halves = np.array([point.half_width or 0.0 for point in points])
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.5)
+    reach = high - low + 0.5  # an interval over two seeds may be wider than all else: it is cut at the frame
+    low, high = max((values - halves).min(), low - reach), min((values + halves).max(), high + reach)
+    axis.set(ylabel="utility U(n)", ylim=(min(low, 0.0) - 0.25, max(high, 0.5) + 0.25))
     axis.set_title("labels that pretraining saves\nU = 1: worth twice the labels", fontsize="medium")
-    axis.legend(frameon=False, fontsize="small", loc="upper right")
+    _legend(axis)
+
+
+def _legend(axis: Any) -> None:
+    """Below the axis, where it hides nothing."""
+    axis.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def _half_widths(values: np.ndarray) -> np.ndarray:

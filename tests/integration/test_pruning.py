@@ -10,7 +10,8 @@ import pytest
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
-from rayjobs.ray_tune import ResumableASHA, stored_milestones
+from rayjobs.ray_tune import stored_milestones
+from rayjobs.tune_schedulers import ResumableASHA
 
 VALUES = {"good": {1: 60.0, 2: 70.0}, "bad": {1: 20.0}, "fair": {1: 50.0}, "silent": {}}
 
