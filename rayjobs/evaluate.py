@@ -127,7 +127,8 @@ def _log(setup: EvaluateSetup, finished: list[Any], metrics: list[Metric], plots
             "kind": "evaluate",
             "method": one.full["info"]["method"],
         }
-        run = tracker.run(f"{pretrain.method} {one.model.name}", tags, parent)
+        name = " ".join(dict.fromkeys((pretrain.method, one.model.name)))  # not "supervised supervised"
+        run = tracker.run(name, tags, parent)
         run.params({**flat_parameters(pretrain), "checkpoint": one.model.location, "phase": config.phase})
         log_transfer(run, {config.phase: one.full}, pretrain.train.epochs)
         run.json(one.full["record"], "record.json")

@@ -53,6 +53,20 @@ def test_box_and_mask_follow_the_image(kind: str) -> None:
     assert (flips, sides) == ({True, False}, {40, 60, 80})
 
 
+def test_polygons_and_boxes_of_a_mirrored_and_stretched_image_are_exact() -> None:
+    """A square side stretches the axes differently; no pixel is lost by mirroring."""
+    image, objects = painted()
+    recipe = replace(RECIPES["coco_c4"], train_sides=(80,), square=True)
+    flips = set()
+    for seed in range(8):
+        targets = training_input(image, objects, recipe, np.random.default_rng(seed))["instances"]
+        box = targets.gt_boxes.tensor[0].tolist()
+        flips.add(box == [15.0, 16.0, 55.0, 48.0])
+        assert box in ([25.0, 16.0, 65.0, 48.0], [15.0, 16.0, 55.0, 48.0])
+        assert targets.gt_masks.get_bounding_boxes().tensor[0].tolist() == box
+    assert flips == {True, False}
+
+
 def test_crowds_and_objects_cut_away_are_no_targets_but_difficult_ones_are() -> None:
     image, one = painted()
     boxes = np.array([[20, 8, 52, 24], [0, 0, 9, 9], [3, 3, 30, 30]], np.float32)

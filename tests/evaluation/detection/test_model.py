@@ -123,6 +123,23 @@ def test_detectron2s_resnet_with_our_weights(head: Any) -> None:
     assert sum(p.numel() for p in trained) == sum(p.numel() for p in model.parameters()) - frozen
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet9", "resnet18"])
+def test_the_trunk_sees_images_normalised_as_in_pretraining(name: str) -> None:
+    """RGB from 0 to 1, less ImageNet's mean, over its deviation; the maps are then the backbone's own."""
+    torch.manual_seed(1)
+    backbone = build_backbone(name, "imagenet").eval()
+    trainee = trainee_of(replace(TINY, short_side=64), backbone=backbone)
+    rcnn = trainee.model.eval().rcnn
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    mean, deviation = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = ((image / 255.0 - mean) / deviation)[None]
+    for stage in backbone.stages[:-1]:
+        expected = stage(expected)
+    (found,) = rcnn.backbone(rcnn.preprocess_image([{"image": image}]).tensor).values()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "stem"),
     [("resnet9", "small"), ("resnet9", "imagenet"), ("resnet18", "small"), ("resnet50", "imagenet")],
