@@ -87,6 +87,7 @@ class TaskSpec:
         check_data: ``(config, phase, data)`` raises ValueError where the data lack the targets that the task needs;
             None where class counts tell all.
         paired: whether ``compare`` pairs the models entry by entry, which needs the same scored images.
+        grid: a fine-tuning task of many small runs, each of which is one process, however many workers there are.
     """
 
     name: str
@@ -102,6 +103,7 @@ class TaskSpec:
     compare: Callable[[Any, Sequence[ModelResult]], Iterator[Metric | Artifact]] | None = None
     check_data: Callable[[Any, Phase, PreparedData], None] | None = None
     paired: bool = True
+    grid: bool = False
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -376,6 +378,7 @@ TASKS: dict[str, TaskSpec] = {
         metric_names=utility.metric_names,
         summary="label efficiency: how many labels pretraining is worth, from a grid of small runs (Newell & Deng)",
         needs="fine_tuning",
+        grid=True,
         check_data=utility.check_data,
     ),
     "layer_freezing": TaskSpec(
@@ -388,6 +391,7 @@ TASKS: dict[str, TaskSpec] = {
         metric_names=layer_freezing.metric_names,
         summary="accuracy of the fine-tuned backbone with k stages frozen, from none to all (Newell & Deng)",
         needs="fine_tuning",
+        grid=True,
         check_data=layer_freezing.check_data,
     ),
 }

@@ -18,7 +18,7 @@ from evaluation.classification import (
     class_schedule,
     main_value,
 )
-from evaluation.fine_tuning import Freezing, scored_table, task_splits, train_table
+from evaluation.fine_tuning import Freezing, scored_table, task_splits, train_splits, train_table
 from evaluation.fine_tuning_images import Augmentation
 from evaluation.fine_tuning_runs import Recipe, check_column, check_options, check_recipe, curve_iterations
 from evaluation.metric import Artifact, ClassCounts, EvaluationContext, Metric, ModelResult, Output, Phase
@@ -124,11 +124,12 @@ def check_poses(task: str, phase: Phase, data: PreparedData) -> None:
         data: that it trains on and scores.
     """
     check_column(task, "pose", data, task_splits(phase))
-    for split, table in (("train", train_table(data, phase)), (phase, scored_table(data, phase))):
+    trained = " and ".join(train_splits(phase))
+    for split, table in ((trained, train_table(data, phase)), (phase, scored_table(data, phase))):
         poses = table.column("pose")
         if len(set(poses)) == 1:
             raise DataError(
-                f"{task}: all {len(poses):,} images of split {split!r} have the same pose, so that any model is right. "
+                f"{task}: all {len(poses):,} images of {split} have the same pose, so that any model is right. "
                 "Rendered images vary in pose where the third of their factors is 1: give --task-data "
                 f"'{task}=rendered:?factors=0110', or leave the task {task} out."
             )

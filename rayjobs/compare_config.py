@@ -112,7 +112,7 @@ def prepare_comparison(config: CompareConfig, data: PreparedData) -> CompareSetu
             "it here, and evaluate the checkpoints with it afterwards."
         )
     task_data = prepare_task_data(config.task_data, tasks, config.data, lambda _: None)
-    check_task_data(tasks, ["test"], data, task_data)
+    check_task_data(tasks, ["test"], data, task_data, config.train.num_workers)
     base, left_out = {}, {}
     for method in _selected(config):
         try:

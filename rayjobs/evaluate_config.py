@@ -173,7 +173,7 @@ def prepare_evaluation(config: EvaluateConfig, log: Callable[[str], None]) -> Ev
     task_data = prepare_task_data(own_images, tasks, data_configs[0], log)
     models = []
     for i, (pretrain, record, weights) in enumerate(found):
-        check_task_data(tasks, [config.phase], data[i], task_data)
+        check_task_data(tasks, [config.phase], data[i], task_data, _run_workers(config))
         settings = _settings(config, pretrain)
         further = {**domains, **{f"task {name}": own.prepared for name, own in task_data.items()}}
         key = _key(config, tasks, settings, data[i], further, weights)
@@ -208,7 +208,7 @@ def _default_suite(
             continue  # it has images of its own
         try:
             for own in data:
-                check_task(name, getattr(config.options, name), config.phase, own)
+                check_task(name, getattr(config.options, name), config.phase, own, _run_workers(config))
         except ValueError as error:
             turned = _turned(data) if name == "pose" else ""
             if turned:
@@ -216,6 +216,11 @@ def _default_suite(
             else:
                 left_out[name] = str(error)
     return (*DEFAULT_FROZEN, *(name for name in DOWNSTREAM_SUITE if name not in left_out)), tuple(own_images)
+
+
+def _run_workers(config: EvaluateConfig) -> int:
+    """Workers of one fine-tuning run."""
+    return 1 if config.fine_tune_on == "here" else config.num_workers
 
 
 def _turned(data: Sequence[PreparedData]) -> str:

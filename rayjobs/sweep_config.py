@@ -119,7 +119,7 @@ def prepare_sweep(config: SweepConfig, data: PreparedData) -> SweepSetup:
     task_of(objective, config.options)  # an unknown metric, before its task is looked for
     tasks = chosen_tasks(_with_objective(config.tasks or space.tasks, objective, config.options), config.options)
     task_data = prepare_task_data(config.task_data, tasks, config.data, lambda _: None)
-    check_task_data(tasks, ("val", "test"), data, task_data)
+    check_task_data(tasks, ("val", "test"), data, task_data, config.train.num_workers)
     probe_metric = objective if task_of(objective, config.options) in ("few_shot", "knn") else "knn/top1"
     probe = _probe(task_of(probe_metric, config.options), config.options)
     left_out = _unusable(config, space, methods, data)

@@ -54,10 +54,14 @@ def prepare_task_data(
 
 
 def check_task_data(
-    tasks: TaskConfigs, phases: Sequence[Phase], data: PreparedData, task_data: Mapping[str, TaskData]
+    tasks: TaskConfigs,
+    phases: Sequence[Phase],
+    data: PreparedData,
+    task_data: Mapping[str, TaskData],
+    num_workers: int = 1,
 ) -> None:
     """Raise ValueError before any long work when the data cannot support a task."""
     for name, config in tasks.items():
         own = task_data[name].prepared if name in task_data else data
         for phase in phases:
-            check_task(name, config, phase, own)
+            check_task(name, config, phase, own, num_workers)

@@ -126,14 +126,30 @@ def check_tasks(tasks: TaskConfigs, phase: Phase, data: PreparedData) -> None:
         check_task(name, config, phase, data)
 
 
-def check_task(name: str, config: Any, phase: Phase, data: PreparedData) -> None:
-    """Raise ValueError before any long work when the data cannot support one task."""
+def check_task(name: str, config: Any, phase: Phase, data: PreparedData, num_workers: int = 1) -> None:
+    """Raise ValueError before any long work when the data cannot support one task.
+
+    Args:
+        name: of the task.
+        config: its options.
+        phase: what is scored.
+        data: that it reads.
+        num_workers: that one fine-tuning run is divided over.
+    """
     spec = TASKS[name]
     spec.check(config, phase, {split: info.class_counts for split, info in data.splits.items()})
     if spec.check_data is not None:
         for split in spec.splits(config, phase):
             data.split(split)
         spec.check_data(config, phase, data)
+    if num_workers > 1 and spec.needs == "fine_tuning" and not spec.grid:
+        batch = spec.protocol(config, phase)["schedule"]["batch_size"]
+        if batch % num_workers:
+            raise ValueError(
+                f"{name}: a batch of {batch} images does not divide over {num_workers} workers. Give "
+                f"--{name.replace('_', '-')}.batch-size a multiple of {num_workers} (learning rate and iterations are "
+                "scaled with it), or another number of workers."
+            )
 
 
 def pretraining_info(config: PretrainConfig, record: Mapping[str, Any]) -> dict[str, Any]:

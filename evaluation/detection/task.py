@@ -116,8 +116,9 @@ def check_data(config: DetectionConfig, phase: Phase, data: PreparedData) -> Non
         columns = target_columns(data, split)
         if "objects" not in columns and not {"box", "mask"} <= set(columns):
             raise DataError(
-                f"detection needs images with objects, but split {split!r} has the targets "
-                f"{', '.join(columns) or 'none'}. Use voc:, coco: or rendered: data, for this task with --task-data."
+                f"detection needs images with objects, but split {split!r} has "
+                f"{', '.join(columns) or 'no targets'} beside its labels. Use voc:, coco: or rendered: data, for this "
+                "task with --task-data."
             )
         if resolved_recipe(config).masks and "objects" in columns and not _first_object(data, split).get("mask"):
             raise DataError(

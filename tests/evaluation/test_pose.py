@@ -63,7 +63,7 @@ def test_evaluation_yields_its_metric_and_images() -> None:
 
 
 def test_images_of_one_pose_are_refused() -> None:
-    with pytest.raises(DataError, match=r"all 36 images of split 'train' have the same pose.*factors=0110"):
+    with pytest.raises(DataError, match=r"all 36 images of train and val have the same pose.*factors=0110"):
         pose.check_data(CONFIG, "test", rendered_data(URI.replace("0010", "0100")))
 
 

@@ -48,6 +48,13 @@ def test_planted_accuracies_give_their_utility() -> None:
     assert next(o for o in outputs if isinstance(o, Samples)).values.shape == (2,)
 
 
+@pytest.mark.parametrize(("finetuned", "censored"), [((30, 40), 0), ((30, 41), 50), ((19, 41), 100)])
+def test_runs_outside_the_scratch_curve_are_counted(finetuned: tuple[int, int], censored: float) -> None:
+    known = {"n6-scratch": 20, "n12-scratch": 40, "n6-finetuned": finetuned[0], "n12-finetuned": finetuned[1]}
+    outputs = evaluate(QUICK, replace(fine_tuning_context(), fine_tuning=_planted(known)))
+    assert next(output.value for output in outputs if output.name == "utility/censored") == censored
+
+
 @pytest.mark.parametrize("target", ["classification", "pose", "segmentation", "depth"])
 def test_every_target_trains_the_whole_grid(target: Any) -> None:
     config = replace(QUICK, target=target, seeds=1)

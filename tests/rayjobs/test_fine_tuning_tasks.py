@@ -80,6 +80,7 @@ def test_images_of_a_task_of_its_own(checkpoint, tmp_path):
         ({"task_data": ("pose=rendered:",), "tasks": ("knn",)}, "add it to --tasks"),
         ({"task_data": ("pose=voc:nowhere",), "tasks": ("pose",)}, "does not exist"),
         ({"tasks": ("knn",), "options": QUICK}, "Options of pose were given"),
+        ({"tasks": ("utility", "pose"), "num_workers": 3}, "pose: a batch of 32 images does not divide over 3 workers"),
     ],
 )
 def test_wrong_use_is_refused_before_training(checkpoint, fields, words):

@@ -158,7 +158,9 @@ def test_images_without_boxes_or_masks_are_refused_before_training(tmp_path: Pat
     picture = encode(np.zeros((8, 8, 3), np.uint8))
     uri = write_folder(tmp_path / "plain", [(f"{i}.png", label, picture) for i in range(12) for label in "abcde"])
     plain = make(tmp_path, uri)
-    with pytest.raises(DataError, match=r"split 'train' has the targets none\. Use voc:, coco: or rendered:"):
+    with pytest.raises(
+        DataError, match=r"split 'train' has no targets beside its labels\. Use voc:, coco: or rendered:"
+    ):
         task.check_data(DetectionConfig(), "val", plain)
     with pytest.raises(DataError, match=r"objects of split 'train' have none .*Set masks to 'no'"):
         task.check_data(replace(TINY, masks="yes"), "val", shapes("voc"))
