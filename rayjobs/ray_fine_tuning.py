@@ -17,7 +17,7 @@ from evaluation.fine_tuning import FineTuneResult
 from evaluation.fine_tuning.loop import FineTuningDiverged, Place
 from rayjobs.configs import TrainConfig
 from rayjobs.fine_tuning_runs import FineTuneJob, OnProgress, run_here
-from rayjobs.ray_train import COLLECTIVE_TIMEOUT_S, START_FAILURES, ProgressPoller, TrainReporter
+from rayjobs.ray_train import COLLECTIVE_TIMEOUT_S, START_FAILURES, ProgressPoller, TrainReporter, fit_until_interrupted
 
 __all__ = ["train_job", "train_spread"]
 
@@ -32,7 +32,7 @@ def train_job(job: FineTuneJob, on_progress: OnProgress | None = None) -> FineTu
         ray.train.TrainingFailedError: workers died or raised more often than ``max_failures`` allows.
     """
     with ProgressPoller(lambda item: _show(item, job, on_progress)) as poller:
-        result = _trainer(job, poller.board).fit()
+        result = fit_until_interrupted(_trainer(job, poller.board))
     returned = result.return_value or {}
     if "diverged" in returned:
         raise FineTuningDiverged(returned["diverged"])

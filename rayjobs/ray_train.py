@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -209,11 +210,27 @@ def fit(trainer: TorchTrainer) -> ray.train.Result:
         TrainingDiverged: the loss became NaN or infinite (Ray Train does not retry that: it would happen again).
         ray.train.TrainingFailedError: workers died or raised more often than ``max_failures`` allows.
     """
-    result = trainer.fit()
+    result = fit_until_interrupted(trainer)
     diverged = (result.return_value or {}).get("diverged")
     if diverged:
         raise TrainingDiverged(diverged)
     return result
+
+
+def fit_until_interrupted(trainer: TorchTrainer) -> ray.train.Result:
+    """``trainer.fit()`` in which Ctrl-C stops the workers and then raises KeyboardInterrupt, as everywhere else.
+
+    Ray Train's own handler ends the process instead, so that callers cannot say what is kept and how to go on, and
+    stays installed after the run.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        return trainer.fit()
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def latest_epoch(storage: str, name: str) -> int:
