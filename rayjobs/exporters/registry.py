@@ -34,10 +34,12 @@ def register_model(tracker: Tracker, name: str, graph: Path, source: Source) -> 
     Returns:
         The version.
     """
+    import mlflow
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
 
+    mlflow.set_tracking_uri(tracker.uri)  # the registry looks the logged model up in the process's default store
     client = MlflowClient(tracker.uri)
     tags = source.provenance()
     digest = hashlib.sha256(graph.read_bytes()).hexdigest()[:16]
