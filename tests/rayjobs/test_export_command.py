@@ -129,7 +129,7 @@ def test_help_names_every_format(capsys):
     assert all(name in text for name in FORMATS)
 
 
-def test_a_registered_model_loads_and_gives_the_features(checkpoint, tiny_backbone, tmp_path, capsys, request):
+def test_a_registered_model_loads_and_gives_the_features(checkpoint, tiny_backbone, tmp_path, capsys, request, monkeypatch):
     """Also where MLflow's own default is another store than the project's, as it is outside the project's folder."""
     import mlflow.onnx
     import mlflow.pyfunc
@@ -138,7 +138,7 @@ def test_a_registered_model_loads_and_gives_the_features(checkpoint, tiny_backbo
     tiny = source_of("resnet9", stem="small", network=TinyBackbone())
     save_checkpoint(tmp_path / "tiny", tiny.config, {"epoch": 3}, tiny.backbone)
     request.addfinalizer(lambda: mlflow.set_tracking_uri(None))
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'elsewhere.db'}")
+    monkeypatch.setattr("rayjobs.tracking.default_tracking_uri", lambda: f"sqlite:///{tmp_path / 'own.db'}")
     export.main(["--checkpoint", "tiny", "--register", "gratings", "--output", "out"])
     assert "gratings version 1" in capsys.readouterr().out
     client = MlflowClient()
