@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evaluation import TASKS
+from image_data.contracts import DataError
 from image_data.layouts import LAYOUTS, open_layout
 from image_data.prepare import DataConfig, prepare
 from image_data.prepared import PreparedData
@@ -210,7 +211,7 @@ def _default_suite(
             for own in data:
                 check_task(name, getattr(config.options, name), config.phase, own, _run_workers(config))
         except ValueError as error:
-            turned = _turned(data) if name == "pose" else ""
+            turned = _turned(data) if name == "pose" and isinstance(error, DataError) else ""
             if turned:
                 own_images.append(f"pose={turned}")
             else:

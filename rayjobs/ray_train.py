@@ -223,14 +223,15 @@ def fit_until_interrupted(trainer: TorchTrainer) -> ray.train.Result:
     Ray Train's own handler ends the process instead, so that callers cannot say what is kept and how to go on, and
     stays installed after the run.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return trainer.fit()  # where no handler can be installed: a trial of Ray Tune
     before = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit()
     except SystemExit:
         raise KeyboardInterrupt from None
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
 
 
 def latest_epoch(storage: str, name: str) -> int:

@@ -138,10 +138,6 @@ def check_task(name: str, config: Any, phase: Phase, data: PreparedData, num_wor
     """
     spec = TASKS[name]
     spec.check(config, phase, {split: info.class_counts for split, info in data.splits.items()})
-    if spec.check_data is not None:
-        for split in spec.splits(config, phase):
-            data.split(split)
-        spec.check_data(config, phase, data)
     if num_workers > 1 and spec.needs == "fine_tuning" and not spec.grid:
         batch = spec.protocol(config, phase)["schedule"]["batch_size"]
         if batch % num_workers:
@@ -150,6 +146,10 @@ def check_task(name: str, config: Any, phase: Phase, data: PreparedData, num_wor
                 f"--{name.replace('_', '-')}.batch-size a multiple of {num_workers} (learning rate and iterations are "
                 "scaled with it), or another number of workers."
             )
+    if spec.check_data is not None:
+        for split in spec.splits(config, phase):
+            data.split(split)
+        spec.check_data(config, phase, data)
 
 
 def pretraining_info(config: PretrainConfig, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,7 +129,9 @@ def test_help_names_every_format(capsys):
     assert all(name in text for name in FORMATS)
 
 
-def test_a_registered_model_loads_and_gives_the_features(checkpoint, tiny_backbone, tmp_path, capsys, request, monkeypatch):
+def test_a_registered_model_loads_and_gives_the_features(
+    checkpoint, tiny_backbone, tmp_path, capsys, request, monkeypatch
+):
     """Also where MLflow's own default is another store than the project's, as it is outside the project's folder."""
     import mlflow.onnx
     import mlflow.pyfunc

@@ -57,6 +57,9 @@ def test_without_tasks_all_that_the_data_have_targets_for_are_measured(checkpoin
     assert not setup.task_data
     setup = _setup(data=DataConfig((f"{uri}&factors=1000",)))
     assert setup.task_data["pose"].prepared.source == (f"train={uri}&factors=1010",)
+    setup = _setup(data=DataConfig((f"{uri}&factors=1000",)), num_workers=3)
+    assert "does not divide over 3 workers" in setup.left_out["pose"]
+    assert "utility" in setup.tasks  # its runs are one process each
     plain = DataConfig((f"folder:{image_folder}",), class_split=(0.4, 0.3, 0.3))
     setup = _setup(data=plain)
     assert set(setup.left_out) == set(DOWNSTREAM_SUITE) - {"classification", "utility"}
