@@ -81,7 +81,7 @@ def _print_models(setup: EvaluateSetup, models: list[tuple[str, dict[str, Any]]]
         table.add_column(name, justify="right", overflow="fold")
     for metric in models[0][1]:
         table.add_row(metric, *[metric_text(metrics.get(metric)) for _, metrics in models])
-    table.caption = "± half width of the 95 % interval over tasks or images of one model, not over seeds"
+    table.caption = "± half width of the 95 % interval over tasks, images or fine-tuning seeds of one pretraining"
     console.print()
     console.print(table)
 
